@@ -1,10 +1,11 @@
-"""Direct-Align: one differentiable step from any level of the trajectory to a clean image (arXiv 2509.06942, section 3).
+"""Direct-Align: one differentiable step from any level of the trajectory to a clean image (arXiv 2509.06942).
 
 Level m of L counts from the low-noise end of the training range: m = 1 is its last level, m = L its first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +25,7 @@ MARGIN_LEVELS = 5
 
 @dataclass(frozen=True)
 class AlignStep:
-    """A gradient step from sigma to sigma_next, and its share k of absolute reward: numbers, or [B] with a step per sample."""
+    """A gradient step from sigma to sigma_next and its share k of absolute reward: numbers, or [B], one per sample."""
 
     sigma: Level
     sigma_next: Level
@@ -52,14 +53,16 @@ def align_step_at(
 ) -> AlignStep:
     """The step of `branch` at level m (an int, or a long tensor [B]: a level per sample) of levels [L], high to low.
 
-    A step spans step_fraction * L levels, less at the ends of the range. Denoise steps end at level m; inversion steps
-    start one span below it, so both land near the same level. k runs over k_ramp from low to high noise.
+    A step spans step_fraction * L levels (rounded up), less at the ends of the range. Denoise steps end at level m;
+    inversion steps start one span below it, so both land near the same level. k runs over k_ramp from low to high
+    noise.
     """
     count = len(levels)
     m = torch.as_tensor(m, device=levels.device)
     if not bool(((m >= 1) & (m < count)).all()):
         raise ValueError(f"m must be in [1, {count - 1}], got {m.tolist()}")
-    span = torch.minimum(torch.minimum(m, count - m), torch.tensor(max(1, round(step_fraction * count))).to(m))
+    longest = max(1, math.ceil(round(step_fraction * count, 6)))  # 0.07 * 100 is a last bit over 7: not 8 levels
+    span = torch.minimum(m, count - m).clamp(max=longest)
     k = torch.linspace(*k_ramp, count, device=levels.device)
     if branch == "denoise":
         parts = levels[count - m - span], levels[count - m], k[m]
@@ -86,8 +89,8 @@ def sample_align_steps(
 def direct_align(flow: FlowModel, rollout: Rollout, step: AlignStep, guidance: float) -> Tensor:
     """Clean latents [B, C, h, w] recovered through one model call at step.sigma, with gradient.
 
-    The rollout's known noise is put back, one Euler step is taken, and the rest of the noise is removed in closed form: exact
-    for an exact velocity, with d recovered / d velocity = (sigma_next - sigma) / (1 - sigma_next).
+    The rollout's known noise is put back, one Euler step is taken, and the rest of the noise is removed in closed form:
+    exact for an exact velocity, with d recovered / d velocity = (sigma_next - sigma) / (1 - sigma_next).
     """
     latents = add_noise(rollout.clean, rollout.noise, step.sigma)
     velocity = flow.velocity(latents, per_sample(step.sigma, latents), rollout.prompts, guidance)
@@ -96,7 +99,7 @@ def direct_align(flow: FlowModel, rollout: Rollout, step: AlignStep, guidance: f
 
 
 def one_step_prediction(flow: FlowModel, rollout: Rollout, sigma: Level, guidance: float) -> Tensor:
-    """Clean latents [B, C, h, w] predicted by one model call at sigma with gradient, trusting its velocity all the way."""
+    """Clean latents [B, C, h, w] predicted by one model call at sigma with gradient, along its velocity to the end."""
     latents = add_noise(rollout.clean, rollout.noise, sigma)
     velocity = flow.velocity(latents, per_sample(sigma, latents), rollout.prompts, guidance)
     return euler_step(latents, velocity, sigma, 0.0)

@@ -1,7 +1,8 @@
 """A run, described once: every setting's name, type, default, help and limits stand here and nowhere else.
 
-`load_run("miniature", ["optim.lr=1e-5", "lora.rank=16"])` reads a preset (or a .yaml/.json file, such as a run's own run.json),
-applies overrides and validates. Presets, the command line, run.json and ComfyUI's widgets are all made of these fields.
+`load_run("miniature", ["optim.lr=1e-5", "lora.rank=16"])` reads a preset (or a .yaml/.json file, such as a run's own
+run.json), applies overrides and validates. Presets, the command line, run.json and ComfyUI's widgets are all made of
+these fields.
 """
 
 from __future__ import annotations
@@ -31,26 +32,46 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ModelConfig(Section):
-    family: str = Field("flux", description="model family, a name in srpo_core.models.MODELS")
+    family: str = Field(
+        "flux", description="model family: a name in srpo_core.models.MODELS, or module:function for your own"
+    )
     path: str | None = Field(
-        None, description="diffusers folder or hub id with transformer, vae and text encoders; the miniature brings its own"
+        None,
+        description="folder in diffusers format with transformer, vae, text encoders and tokenizers; the miniature"
+        " family brings its own",
     )
     transformer: str | None = Field(
-        None, description="folder or safetensors file that replaces the transformer of `path` (a trained checkpoint, say)"
+        None, description="folder in diffusers format whose transformer replaces that of `path` (a trained one, say)"
     )
-    autoencoder: str | None = Field(None, description="folder that replaces the autoencoder of `path`")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="precision of the forward and backward passes")
+    autoencoder: str | None = Field(
+        None, description="folder in diffusers format whose autoencoder replaces that of `path`"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16",
+        description="precision of the forward and backward passes; trained weights are always kept in float32, those"
+        " that a LoRA leaves frozen in this precision",
+    )
     recompute: bool = Field(
-        True, description="recompute transformer and decoder blocks in the backward pass: less memory, about a third more time"
+        True,
+        description="recompute transformer and decoder blocks in the backward pass: less memory, about a third more"
+        " time",
     )
 
 
 class DataConfig(Section):
-    prompts: str = Field("builtin", description="text file with a prompt per line, or `builtin` for the family's own")
-    photos: str | None = Field(
-        None, description="folder of images with captions (same name, .txt): trains on them instead of on rollouts"
+    prompts: str = Field(
+        "builtin", description="training prompts: a text file with one per line, or `builtin` for the family's own"
     )
-    eval_prompts: str = Field("builtin", description="held-out prompts, never trained on: a text file or `builtin`")
+    photos: str | None = Field(
+        None,
+        description="folder of images with captions (same name, .txt) to train on instead of rollouts of `prompts`;"
+        " each is scaled until it just covers width x height and cropped around its centre",
+    )
+    eval_prompts: str = Field(
+        "builtin",
+        description="held-out prompts of previews and evaluation: a text file or `builtin`; left out of `prompts` where"
+        " they occur there",
+    )
     height: int = Field(720, ge=16, le=8192, description="image height in pixels")
     width: int = Field(720, ge=16, le=8192, description="image width in pixels")
     batch_size: int = Field(1, ge=1, le=4096, description="prompts per micro-batch on each device")
@@ -59,50 +80,71 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     num_steps: int = Field(25, ge=1, le=1000, description="Euler steps of the rollout without gradient")
     guidance: float = Field(1.0, ge=0, le=100, description="distilled guidance during the rollout")
-    shift: float = Field(3.0, gt=0, le=100, description="schedule shift s in s*t / (1 + (s-1)*t)")
+    shift: float = Field(
+        3.0, gt=0, le=100, description="schedule shift s in s*t / (1 + (s-1)*t): of rollouts, levels and previews"
+    )
     same_noise: bool = Field(
-        True, description="draw the same rollout noise on every rank (as published); the levels differ by rank in any case"
+        True,
+        description="draw the same rollout noise on every rank (as published); the levels differ by rank in any case",
     )
 
 
 class AlignConfig(Section):
     branches: list[Literal["denoise", "inversion"]] = Field(
-        ["denoise", "inversion"], min_length=1, description="branches of a step, in order; without inversion there is no regulariser"
+        ["denoise", "inversion"],
+        min_length=1,
+        description="branches of a step, in order; without inversion there is no regulariser",
     )
-    range_start: int = Field(5, ge=0, le=1000, description="first entry of the schedule in the training range (high noise)")
-    range_end: int = Field(25, ge=1, le=1000, description="last entry of the schedule in the training range (lower noise)")
-    schedule_steps: int = Field(50, ge=2, le=1000, description="length of the schedule that the range's entries refer to")
+    range_start: int = Field(
+        5, ge=0, le=1000, description="entry of the schedule where the training range starts (high noise)"
+    )
+    range_end: int = Field(
+        25, ge=1, le=1000, description="entry of the schedule where the training range ends (lower noise)"
+    )
+    schedule_steps: int = Field(
+        50, ge=2, le=1000, description="length of the schedule that the range's entries refer to"
+    )
     levels: int = Field(1000, ge=20, le=100_000, description="L: the training range is cut into this many levels")
-    step_fraction: float = Field(0.1, gt=0, lt=0.5, description="length of the gradient step as a part of the range")
+    step_fraction: float = Field(
+        0.1, gt=0, lt=0.5, description="length of the gradient step as a part of the training range"
+    )
     draws_per_rollout: int = Field(1, ge=1, le=64, description="levels trained on from one rollout")
     guidance: float = Field(3.5, ge=0, le=100, description="distilled guidance of the gradient step")
     k_denoise: tuple[float, float] = Field(
-        (0.1, 0.25), description="share of absolute reward in the denoise branch, from high to low noise; start it above the"
-        " end of k_inversion to keep structure"
+        (0.1, 0.25),
+        description="share of absolute reward in the denoise branch, at the low-noise and at the high-noise end of the"
+        " range; a first number slightly above k_inversion's second keeps structure",
     )
     k_inversion: tuple[float, float] = Field(
-        (0.3, 0.01), description="the same for the inversion branch; start it above the start of k_denoise against over-saturation"
+        (0.3, 0.01),
+        description="the same for the inversion branch; a first number slightly above k_denoise's first cures"
+        " over-saturation",
     )
 
     @model_validator(mode="after")
     def _range(self) -> AlignConfig:
         if not self.range_start < self.range_end < self.schedule_steps:
-            raise ValueError(
-                f"range_start < range_end < schedule_steps must hold, got {self.range_start}, {self.range_end}, {self.schedule_steps}"
-            )
+            entries = f"{self.range_start}, {self.range_end}, {self.schedule_steps}"
+            raise ValueError(f"range_start < range_end < schedule_steps must hold, got {entries}")
         if len(set(self.branches)) != len(self.branches):
             raise ValueError(f"branches names a branch twice: {self.branches}")
         return self
 
 
 class RewardConfig(Section):
-    name: str = Field("hpsv2", description="reward to train on, a name in srpo_core.rewards.REWARDS")
-    path: str | None = Field(None, description="its weights file, where it needs one")
+    name: str = Field(
+        "clip", description="reward to train on: a name in srpo_core.rewards.REWARDS, or module:function for your own"
+    )
+    path: str | None = Field(None, description="its weights, where it needs some: a file or a folder")
     liked: list[str] = Field(
-        ["Natural-lighting", "Detail", "Detailed", "Real"], min_length=1, description="control words to move toward; one a step, in turn"
+        ["Natural-lighting", "Detail", "Detailed", "Real"],
+        min_length=1,
+        description="control words to move toward; one a step, in turn",
     )
     disliked: list[str] = Field(
-        ["Concept art", "Painting", "Anime", "Flat", "Oil"], min_length=1, description="control words to move away from; one a step, in turn"
+        ["Concept art", "Painting", "Anime", "Flat", "Oil"],
+        min_length=1,
+        description="control words to move away from; one a step, in turn",
     )
     margin: float = Field(0.7, description="the loss is relu(margin - score): above it an image is good enough")
     scale: float = Field(1.0, gt=0, description="scores are multiplied by this before the margin")
@@ -111,38 +153,62 @@ class RewardConfig(Section):
 class OptimConfig(Section):
     steps: int = Field(100, ge=1, le=1_000_000, description="optimizer steps of the whole run")
     lr: float = Field(5e-6, gt=0, le=1, description="AdamW learning rate after warm-up")
-    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises linearly from 0")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="course of lr from warm-up to the last step")
+    warmup_steps: int = Field(0, ge=0, description="steps over which lr rises linearly to its full height")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="course of lr after warm-up: constant, or falling toward 0 at the last step"
+    )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay")
-    max_grad_norm: float = Field(0.1, gt=0, description="the gradient is scaled down to this norm")
+    max_grad_norm: float = Field(0.1, gt=0, description="a longer gradient is scaled down to this norm")
     accumulation: int = Field(1, ge=1, le=4096, description="micro-batches per optimizer step")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="decay of the average of the trained weights; 0 keeps none")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay of the running average of the trained weights, less in early steps: (1 + step) / (10 +"
+        " step); previews and exports use the average; 0 keeps none",
+    )
 
 
 class LoraConfig(Section):
     rank: int = Field(0, ge=0, le=1024, description="LoRA rank; 0 trains all parameters")
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha (scale = alpha / rank); unset means alpha = rank")
+    alpha: float | None = Field(
+        None, gt=0, description="LoRA alpha: its effect is scaled by alpha / rank; unset means alpha = rank"
+    )
     targets: str = Field("all", description="group of layers that get a LoRA: attention, mlp or all")
 
 
 class ParallelConfig(Section):
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, ...")
+    device: str = Field(
+        "auto", description="cpu, cuda, cuda:1, mps, ...; auto takes the first of cuda, mps and cpu that is there"
+    )
 
 
 class OutputConfig(Section):
-    dir: str = Field("runs/srpo", description="folder of the run: run.json, metrics.jsonl, checkpoints, previews, exports")
-    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
+    dir: str = Field(
+        "runs/srpo", description="folder of the run: run.json, metrics.jsonl, checkpoints, previews, exports"
+    )
+    checkpoint_every: int = Field(
+        10, ge=1, description="steps between checkpoints; the best preview and the last step have theirs in any case"
+    )
     keep_checkpoints: int = Field(1, ge=1, description="newest checkpoints kept, beside the best")
     preview_every: int = Field(10, ge=0, description="steps between previews; 0 draws none")
-    preview_prompts: int = Field(4, ge=1, le=256, description="held-out prompts drawn as previews, always with the same noise")
-    preview_steps: int = Field(25, ge=1, le=1000, description="Euler steps of previews and of the final evaluation")
-    preview_guidance: float = Field(3.5, ge=0, le=100, description="distilled guidance of previews and of the final evaluation")
-    best_by: Literal["relative", "reward"] = Field(
-        "relative", description="preview score that names the best checkpoint: liked minus disliked wording, or the plain prompt's reward"
+    preview_prompts: int = Field(
+        4, ge=1, le=256, description="held-out prompts drawn as previews, always with the same noise"
     )
-    evaluate_prompts: int = Field(0, ge=0, description="held-out prompts compared before and after training at the end; 0 skips it")
+    preview_steps: int = Field(25, ge=1, le=1000, description="Euler steps of previews and evaluation")
+    preview_guidance: float = Field(3.5, ge=0, le=100, description="distilled guidance of previews and evaluation")
+    best_by: Literal["relative", "reward"] = Field(
+        "relative",
+        description="preview score that names the best checkpoint: liked minus disliked wordings, or the plain prompt's"
+        " reward",
+    )
+    evaluate_prompts: int = Field(
+        0,
+        ge=0,
+        description="held-out prompts drawn and scored before and after training, with the same noise; 0 skips it",
+    )
     tensorboard: bool = Field(True, description="write TensorBoard event files beside metrics.jsonl")
 
 
@@ -198,7 +264,7 @@ def preset_names() -> list[str]:
 
 
 def nearest(name: str, choices: Sequence[str]) -> str:
-    """"; did you mean 'x'?" for the closest choice, then the choices themselves when they are few."""
+    """ "; did you mean 'x'?" for the closest choice, then the choices themselves when they are few."""
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return hint + (f" (choices: {', '.join(choices)})" if len(choices) <= 20 else "")
@@ -255,7 +321,9 @@ def _explain(error: ValidationError) -> str:
         location = [str(part) for part in problem["loc"]]
         name = ".".join(location)
         if problem["type"] == "extra_forbidden":
-            siblings = [n for n in names if n.split(".")[:-1] == location[:-1]] or list(RunConfig.model_fields)
+            siblings = [n for n in names if location[1:] and n.split(".")[:-1] == location[:-1]] or list(
+                RunConfig.model_fields
+            )
             everywhere = [n for n in names if n.split(".")[-1] == location[-1]]
             hint = f"; did you mean {everywhere[0]!r}?" if everywhere else nearest(name, siblings)
             lines.append(f"unknown setting {name!r}{hint}")
@@ -265,7 +333,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def make_config(data: dict[str, Any]) -> RunConfig:
-    """Validate a nested dict of settings. ConfigError names each bad setting and, for unknown ones, the nearest valid one."""
+    """Validate a nested dict of settings. ConfigError names each bad setting and, for unknown ones, the nearest one."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

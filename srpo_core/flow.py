@@ -2,7 +2,8 @@
 
     latents(sigma) = (1 - sigma) * clean + sigma * noise        velocity = noise - clean
 
-`sigma` is a level in [0, 1], 1 being pure noise: a number for the whole batch or a tensor [B]. Latents are [B, C, h, w].
+`sigma` is a level in [0, 1], 1 being pure noise: a number for the whole batch or a tensor [B].
+Latents are [B, C, h, w].
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ Level = float | Tensor
 
 
 def shifted_sigmas(num_steps: int, shift: float, device: torch.device | str | None = None) -> Tensor:
-    """The schedule [num_steps + 1] from 1 to 0: evenly spaced t put through shift * t / (1 + (shift - 1) * t); float32."""
+    """The schedule [num_steps + 1] from 1 to 0: evenly spaced t put through shift * t / (1 + (shift - 1) * t); float32.
+
+    Worked out in float32, as samplers elsewhere do: bit for bit diffusers' schedule.
+    """
     if num_steps < 1 or shift <= 0:
         raise ValueError(f"a schedule needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
-    t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-    return (shift * t / (1 + (shift - 1) * t)).to(device=device, dtype=torch.float32)
+    t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).float()
+    sigmas = shift * t / (1 + (shift - 1) * t)
+    sigmas[0] = 1.0  # rounding leaves it a last bit off for some shifts
+    return sigmas.to(device)
 
 
 def per_sample(value: Level, latents: Tensor) -> Tensor:

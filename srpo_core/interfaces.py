@@ -18,7 +18,8 @@ from torch import Tensor, nn
 class PromptBatch:
     """B prompts and what a model needs of them.
 
-    `prompts` is the text a reward reads. `embeds` maps names to tensors [B, ...]; only the model's own file knows the names.
+    `prompts` is the text a reward reads. `embeds` maps names to tensors [B, ...]; only the model's own file knows
+    the names.
     """
 
     prompts: tuple[str, ...]
@@ -108,9 +109,14 @@ class Measure(Protocol):
 
 @dataclass
 class Components:
-    """What a model family hands to a run. `measures` are the family's own held-out measures, by name."""
+    """What a model family hands to a run.
+
+    `measures` are the family's own held-out measures, by name. `prompts` are what `builtin` stands for in data.prompts
+    ("train") and data.eval_prompts ("eval").
+    """
 
     flow: TrainableFlow
     autoencoder: Autoencoder
     text_encoder: TextEncoder
     measures: Mapping[str, Measure] = field(default_factory=dict)
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Semantic relative preference: a text-conditioned reward made relative by control words (arXiv 2509.06942, section 3)."""
+"""Semantic relative preference: a text-conditioned reward made relative by control words (arXiv 2509.06942)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ControlWords:
 
 
 def preferred_and_other(liked: str, disliked: str, denoises: bool) -> tuple[str, str]:
-    """(preferred, other) of a branch: inversion turns the gradient around, so there the disliked word is the preferred one."""
+    """(preferred, other) of a branch: inversion turns the gradient around, so there the disliked word is preferred."""
     return (liked, disliked) if denoises else (disliked, liked)
 
 
@@ -38,20 +38,28 @@ def wording(word: str, prompt: str) -> str:
     return f"{word}. {prompt}"
 
 
-def relative_reward(
-    reward: Reward, images: Tensor, prompts: Sequence[str], preferred: str, other: str, k: Level
-) -> Tensor:
-    """(1 + k) * r(preferred wording) - r(other wording) [B], in one reward call.
-
-    images [B, 3, H, W] in [0, 1], B prompts. k, a number or [B], is the share of absolute reward mixed in.
-    """
+def two_wordings(
+    reward: Reward, images: Tensor, prompts: Sequence[str], preferred: str, other: str
+) -> tuple[Tensor, Tensor]:
+    """r of images [B, 3, H, W] in [0, 1] under two wordings of B prompts, preferred and other: two [B], in one call."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts")
     scores = reward(images, [wording(word, prompt) for word in (preferred, other) for prompt in prompts])
     if scores.shape != (2 * len(prompts),):
         raise ValueError(f"a reward returns a score per text, [{2 * len(prompts)}]; got {list(scores.shape)}")
-    liked_score, other_score = scores.chunk(2)
-    return (1 + per_sample(k, scores[: len(prompts)])) * liked_score - other_score
+    return scores[: len(prompts)], scores[len(prompts) :]
+
+
+def relative_score(preferred_reward: Tensor, other_reward: Tensor, k: Level) -> Tensor:
+    """(1 + k) * preferred - other [B]; k, a number or [B], is the share of absolute reward mixed in."""
+    return (1 + per_sample(k, preferred_reward)) * preferred_reward - other_reward
+
+
+def relative_reward(
+    reward: Reward, images: Tensor, prompts: Sequence[str], preferred: str, other: str, k: Level
+) -> Tensor:
+    """`relative_score` of images [B, 3, H, W] in [0, 1] for B prompts under two control words, [B]."""
+    return relative_score(*two_wordings(reward, images, prompts, preferred, other), k)
 
 
 def hinge_loss(score: Tensor, margin: float, num_branches: int) -> Tensor:

@@ -20,7 +20,7 @@ def resolve(table: Mapping[str, str], kind: str, name: str) -> Callable[..., Any
     module_name, _, function_name = target.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # ValueError: an empty module name
         raise ConfigError(f"{kind} {name!r} can't be imported: {error}") from error
     except AttributeError as error:
         raise ConfigError(f"{kind} {name!r}: {module_name} has no {function_name!r}") from error

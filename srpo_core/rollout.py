@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,9 +23,8 @@ class Rollout:
 
     def __post_init__(self) -> None:
         if self.noise.shape != self.clean.shape or len(self.clean) != len(self.prompts):
-            raise ValueError(
-                f"{len(self.prompts)} prompts, noise {list(self.noise.shape)} and clean {list(self.clean.shape)} don't match"
-            )
+            shapes = f"noise {list(self.noise.shape)} and clean {list(self.clean.shape)}"
+            raise ValueError(f"{len(self.prompts)} prompts, {shapes} don't match")
         object.__setattr__(self, "noise", self.noise.detach())
         object.__setattr__(self, "clean", self.clean.detach())
 
@@ -45,7 +45,7 @@ def rollout(
     noise = noise.float()
     latents = noise
     levels = sigmas.tolist()
-    for i, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         velocity = flow.velocity(latents, per_sample(sigma, latents), prompts, guidance)
         latents = euler_step(latents, velocity, sigma, sigma_next)
         if on_step is not None:

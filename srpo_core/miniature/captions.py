@@ -111,9 +111,7 @@ def parse(prompt: str) -> Scene:
             things = _parse_things(text[: -len(where) - 1].split(" "))
             if things is not None:
                 return Scene(things, background)
-    raise ValueError(
-        f"{prompt!r} is no caption of the small world; one such is {random_scenes(1, 0)[0].caption()!r}"
-    )
+    raise ValueError(f"{prompt!r} is no caption of the small world; one such is {random_scenes(1, 0)[0].caption()!r}")
 
 
 def _parse_noun(words: list[str], place: str | None) -> Thing | None:

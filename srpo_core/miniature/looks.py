@@ -19,9 +19,9 @@ from .world import random_layout, random_looks, render
 
 # name: (mean over disliked looks, mean over liked looks)
 SCALE: dict[str, tuple[float, float]] = {
-    "texture": (0.0, 1.0),
-    "light": (0.0, 1.0),
-    "natural_colour": (0.0, 1.0),
+    "texture": (0.0066, 0.0158),
+    "light": (0.468, 0.714),
+    "natural_colour": (-0.299, -0.150),
 }
 
 

@@ -24,13 +24,29 @@ _RGB = torch.tensor(
     ]
 )  # fmt: skip
 _SKY = torch.tensor(
-    [(0.62, 0.80, 0.92), (0.93, 0.82, 0.66), (0.66, 0.77, 0.88), (0.07, 0.08, 0.20), (0.46, 0.68, 0.92), (0.62, 0.50, 0.44)]
+    [
+        (0.62, 0.80, 0.92),
+        (0.93, 0.82, 0.66),
+        (0.66, 0.77, 0.88),
+        (0.07, 0.08, 0.20),
+        (0.46, 0.68, 0.92),
+        (0.62, 0.50, 0.44),
+    ]
 )
 _GROUND = torch.tensor(
-    [(0.42, 0.62, 0.30), (0.80, 0.64, 0.40), (0.88, 0.91, 0.95), (0.14, 0.15, 0.26), (0.70, 0.85, 0.95), (0.44, 0.37, 0.33)]
+    [
+        (0.42, 0.62, 0.30),
+        (0.80, 0.64, 0.40),
+        (0.88, 0.91, 0.95),
+        (0.14, 0.15, 0.26),
+        (0.70, 0.85, 0.95),
+        (0.44, 0.37, 0.33),
+    ]
 )
 # wavelength (pixels of 128) and direction (x, y) of each background's grain
-_GRAIN = torch.tensor([(6.0, 1.0, 0.25), (8.0, 0.2, 1.0), (7.0, 0.7, 0.7), (7.0, 0.5, 0.8), (10.0, 0.4, 0.9), (8.0, 0.0, 1.0)])
+_GRAIN = torch.tensor(
+    [(6.0, 1.0, 0.25), (8.0, 0.2, 1.0), (7.0, 0.7, 0.7), (7.0, 0.5, 0.8), (10.0, 0.4, 0.9), (8.0, 0.0, 1.0)]
+)
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
@@ -93,7 +109,13 @@ class Layout:
         return Layout(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-_CENTRES = {"left": (0.25, 0.52), "right": (0.75, 0.52), "top": (0.5, 0.26), "bottom": (0.5, 0.75), "middle": (0.5, 0.5)}
+_CENTRES = {
+    "left": (0.25, 0.52),
+    "right": (0.75, 0.52),
+    "top": (0.5, 0.26),
+    "bottom": (0.5, 0.75),
+    "middle": (0.5, 0.5),
+}
 _COUNTED = {2: [(0.27, 0.5), (0.73, 0.5)], 3: [(0.25, 0.66), (0.5, 0.3), (0.75, 0.66)]}
 
 
@@ -107,7 +129,15 @@ def random_layout(scenes: Sequence[Scene], rng: random.Random) -> Layout:
             size = rng.uniform(0.145, 0.19) * (1.2 if len(scene.things) == 1 else 1.0)
             jitter_x, jitter_y = rng.uniform(-0.04, 0.04), rng.uniform(-0.04, 0.04)
             rows.append(
-                (shapes.index(thing.shape), colours.index(thing.colour), 1, x + jitter_x, y + jitter_y, size, rng.uniform(-0.25, 0.25))
+                (
+                    shapes.index(thing.shape),
+                    colours.index(thing.colour),
+                    1,
+                    x + jitter_x,
+                    y + jitter_y,
+                    size,
+                    rng.uniform(-0.25, 0.25),
+                )
             )
         rows += [(0, 0, 0, 0.5, 0.5, 0.1, 0.0)] * (MAX_THINGS - len(scene.things))
     table = torch.tensor(rows, dtype=torch.float32).view(len(scenes), MAX_THINGS, 7)
@@ -177,7 +207,9 @@ def render(layout: Layout, look: Look, generator: torch.Generator, size: int = 1
     """Draw B scenes -> [B, 3, size, size] in [0, 1], on the generator's device. Same generator state, same pictures."""
     device = generator.device
     layout = layout.to(device)
-    texture, light, saturation, outline, brush = (_column(getattr(look, f.name), layout.background) for f in fields(Look))
+    texture, light, saturation, outline, brush = (
+        _column(getattr(look, f.name), layout.background) for f in fields(Look)
+    )
     batch = len(layout.background)
     axis = (torch.arange(size, device=device) + 0.5) / size
     y, x = (grid.expand(batch, size, size) for grid in torch.meshgrid(axis, axis, indexing="ij"))
@@ -191,8 +223,25 @@ def render(layout: Layout, look: Look, generator: torch.Generator, size: int = 1
     picture = picture * (1 + 0.10 * brush * smear)[:, None]
     wobble_x, wobble_y = x + 0.018 * brush * warp_x, y + 0.018 * brush * warp_y
     for slot in range(MAX_THINGS):
-        picture = _draw_thing(picture, layout, slot, wobble_x, wobble_y, coarse, fine, texture, light, outline, brush, sun, size, generator)
-    picture = picture * (1 - light * 0.22 * ((x - 0.5 - 0.3 * sun[0]) ** 2 + (y - 0.5 - 0.3 * sun[1]) ** 2) * 2)[:, None]
+        picture = _draw_thing(
+            picture,
+            layout,
+            slot,
+            wobble_x,
+            wobble_y,
+            coarse,
+            fine,
+            texture,
+            light,
+            outline,
+            brush,
+            sun,
+            size,
+            generator,
+        )
+    picture = (
+        picture * (1 - light * 0.22 * ((x - 0.5 - 0.3 * sun[0]) ** 2 + (y - 0.5 - 0.3 * sun[1]) ** 2) * 2)[:, None]
+    )
     luma = (picture * _LUMA.to(device).view(1, 3, 1, 1)).sum(1, keepdim=True)
     return (luma + saturation[:, None] * (picture - luma)).clamp(0, 1)
 
@@ -205,12 +254,18 @@ def _background(index, x, y, soft, coarse, fine, texture, light, sun, size, gene
     phase = torch.rand(batch, 1, 1, generator=generator, device=device)
     grain = torch.sin((x * along_x + y * along_y) * (128 / wavelength) * 2 * torch.pi + 1.5 * coarse + 6.28 * phase)
     rough = 0.07 * grain * (0.35 + 0.65 * ground) + 0.035 * fine + 0.035 * coarse
-    amount = 1 + texture * rough + light * (0.10 * soft * (1 - ground) + 0.28 * (y - horizon) * ground - 0.18 * (x - 0.5) * sun[0].neg())
+    amount = (
+        1
+        + texture * rough
+        + light * (0.10 * soft * (1 - ground) + 0.28 * (y - horizon) * ground - 0.18 * (x - 0.5) * sun[0].neg())
+    )
     sky, floor = _SKY.to(device)[index], _GROUND.to(device)[index]
     return _tint(sky, amount * (1 - ground)) + _tint(floor, amount * ground)
 
 
-def _draw_thing(picture, layout, slot, x, y, coarse, fine, texture, light, outline, brush, sun, size, generator) -> Tensor:  # noqa: ANN001
+def _draw_thing(
+    picture, layout, slot, x, y, coarse, fine, texture, light, outline, brush, sun, size, generator
+) -> Tensor:  # noqa: ANN001
     column = lambda name: getattr(layout, name)[:, slot].view(-1, 1, 1)  # noqa: E731
     present, scale, tilt, shape = column("present").float(), column("size"), column("tilt"), layout.shape[:, slot]
     colour = _RGB.to(x.device)[layout.colour[:, slot]]
@@ -236,8 +291,17 @@ def _draw_thing(picture, layout, slot, x, y, coarse, fine, texture, light, outli
     turn = torch.rand(len(u), 1, 1, generator=generator, device=u.device) * torch.pi
     waves = 5 + 3 * torch.rand(len(u), 1, 1, generator=generator, device=u.device)
     grain = torch.sin((u * turn.cos() + v * turn.sin()) * waves * torch.pi + 1.2 * coarse)
-    amount = 1 + texture * (0.16 * grain + 0.05 * fine) + light * (0.75 * diffuse - 0.5) + 0.10 * brush * torch.sin(u * 3 + v * 4 + coarse)
-    thing = _tint(colour, amount) + (light * 0.35 * spark)[:, None] + (brush * 0.18 * torch.sigmoid(8 * (-u - v - 0.55)))[:, None]
+    amount = (
+        1
+        + texture * (0.16 * grain + 0.05 * fine)
+        + light * (0.75 * diffuse - 0.5)
+        + 0.10 * brush * torch.sin(u * 3 + v * 4 + coarse)
+    )
+    thing = (
+        _tint(colour, amount)
+        + (light * 0.35 * spark)[:, None]
+        + (brush * 0.18 * torch.sigmoid(8 * (-u - v - 0.55)))[:, None]
+    )
     contour = outline * torch.exp(-((distance * scale * size / 1.6) ** 2)) * present
     picture = picture * (1 - inside)[:, None] + thing * inside[:, None]
     return picture * (1 - 0.85 * contour)[:, None]

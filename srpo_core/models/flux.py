@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from srpo_core.config import ConfigError, ModelConfig
+from srpo_core.flow import Level, per_sample
 from srpo_core.interfaces import Components, PromptBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,36 +52,46 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCo
 
 
 class FluxFlow:
-    """A `FluxTransformer2DModel` as a TrainableFlow. PromptBatch keys: prompt_embeds [B, S, D], pooled_prompt_embeds [B, P].
+    """A `FluxTransformer2DModel` as a TrainableFlow.
 
-    Levels and latents enter in float32 (levels are not rounded to thousandths or to bfloat16); matrix products run in `dtype`.
+    PromptBatch keys: prompt_embeds [B, S, D], pooled_prompt_embeds [B, P]. Levels and latents enter in float32 (levels
+    are not rounded to thousandths or to bfloat16); matrix products run in `dtype`.
     """
 
     block_types: tuple[type[nn.Module], ...] = (FluxTransformerBlock, FluxSingleTransformerBlock)
-    lora_targets = {"attention": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": _ATTENTION,
+        "mlp": _MLP,
+        "all": _ATTENTION + _MLP,
+    }
 
     def __init__(self, module: FluxTransformer2DModel, downscale: int = 8, dtype: torch.dtype = torch.float32) -> None:
         self.module = module
         self.downscale = downscale
         self.dtype = dtype
 
-    def velocity(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, guidance: float) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, guidance: Level) -> Tensor:
         """latents [B, C, h, w] at levels sigma [B] -> the predicted noise - clean [B, C, h, w], float32."""
-        batch, _, height, width = latents.shape
+        height, width = latents.shape[-2:]
         embeds, pooled = prompts.embeds["prompt_embeds"], prompts.embeds["pooled_prompt_embeds"]
-        guides = self.module.config.guidance_embeds
-        with _autocast(latents.device, self.dtype):
+        guides = per_sample(guidance, latents) if self.module.config.guidance_embeds else None
+        with _autocast(latents.device, self.dtype), self._unrounded(sigma, guides):
             tokens = self.module(
                 hidden_states=pack(latents.float()),
                 encoder_hidden_states=embeds.float(),
                 pooled_projections=pooled.float(),
                 timestep=sigma,
-                guidance=torch.full((batch,), float(guidance), device=latents.device) if guides else None,
+                guidance=guides,
                 img_ids=position_ids(height, width, latents.device),
                 txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
                 return_dict=False,
             )[0]
         return unpack(tokens.float(), height, width)
+
+    def _unrounded(self, sigma: Tensor, guidance: Tensor | None) -> RemovableHandle:
+        """Hands levels and guidance to their embedding as they are: the model rounds them to its activations' dtype."""
+        numbers = (sigma * 1000,) if guidance is None else (sigma * 1000, guidance * 1000)
+        return self.module.time_text_embed.register_forward_pre_hook(lambda _, inputs: (*numbers, inputs[-1]))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) for an image of height x width pixels. ConfigError names a size that the model can't take."""
@@ -139,7 +151,9 @@ class FluxTextEncoder:
         """Prompts -> prompt_embeds [B, max_tokens, D] and pooled_prompt_embeds [B, P]."""
 
         def ids(tokenizer: Any, length: int) -> Tensor:
-            encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            encoded = tokenizer(
+                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
             return encoded.input_ids.to(next(self.t5.parameters()).device)
 
         pooled = self.clip(ids(self.clip_tokenizer, self.clip_tokenizer.model_max_length)).pooler_output
@@ -166,18 +180,22 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
     if config.path is None:
         raise ConfigError("model.path is not set: the flux family needs a folder in diffusers format")
     dtype = DTYPES[config.dtype]
+    setting = "model.transformer" if config.transformer else "model.path"
     transformer = load_module(
-        FluxTransformer2DModel, config.transformer or config.path, "model.transformer" if config.transformer else "model.path",
-        "transformer", use_safetensors=True,
-    )  # fmt: skip
+        FluxTransformer2DModel, config.transformer or config.path, setting, "transformer", use_safetensors=True
+    )
     autoencoder_path = Path(config.autoencoder or Path(config.path) / "vae")
     kind = AutoencoderTiny if "AutoencoderTiny" in _config_text(autoencoder_path) else AutoencoderKL
-    vae = load_module(kind, autoencoder_path, "model.autoencoder", use_safetensors=True).to(device, dtype)
+    vae = load_module(kind, autoencoder_path, "model.autoencoder", use_safetensors=True, torch_dtype=dtype).to(device)
     text_encoder = FluxTextEncoder(
         load_module(AutoTokenizer, config.path, "model.path", "tokenizer"),
-        load_module(CLIPTextModel, config.path, "model.path", "text_encoder", dtype=dtype).to(device).requires_grad_(False),
+        load_module(CLIPTextModel, config.path, "model.path", "text_encoder", torch_dtype=dtype)
+        .to(device)
+        .requires_grad_(False),
         load_module(AutoTokenizer, config.path, "model.path", "tokenizer_2"),
-        load_module(T5EncoderModel, config.path, "model.path", "text_encoder_2", dtype=dtype).to(device).requires_grad_(False),
+        load_module(T5EncoderModel, config.path, "model.path", "text_encoder_2", torch_dtype=dtype)
+        .to(device)
+        .requires_grad_(False),
         max_tokens=512,
     )
     if config.recompute:

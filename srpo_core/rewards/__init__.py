@@ -9,6 +9,7 @@ from srpo_core.interfaces import Reward
 from srpo_core.registry import resolve
 
 REWARDS = {
+    "clip": "srpo_core.rewards.clip:load",
     "miniature": "srpo_core.miniature.models:load_reward",
 }
 

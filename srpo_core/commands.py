@@ -1,0 +1,183 @@
+"""The commands behind `srpo`: from parsed arguments to a call and what is said about it. They import what they need."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import textwrap
+from argparse import Namespace
+from pathlib import Path
+
+from srpo_core.config import ConfigError, RunConfig, describe_fields, load_run, preset_names
+
+
+def run_source(source: str) -> str:
+    """What load_run reads for a SOURCE argument: a run's folder stands for its run.json."""
+    if source in preset_names() or not Path(source).is_dir():
+        return source
+    if not (Path(source) / "run.json").is_file():
+        raise ConfigError(f"{source} is no run folder: it holds no run.json")
+    return str(Path(source) / "run.json")
+
+
+def command_line(*words: str | Path) -> str:
+    """A command for the user to type, started the way this process was."""
+    started = Path(sys.argv[0])
+    program = ["python", str(started)] if started.name == "__main__.py" else ["srpo"]
+    return shlex.join([*program, *map(str, words)])
+
+
+def train(args: Namespace) -> int:
+    """Train, write the report, say where everything is."""
+    config = load_run(run_source(args.source), args.overrides)
+    from srpo_core.run_folder import check_start
+
+    check_start(config, resume=args.resume)
+    from srpo_core.assemble import assemble
+    from srpo_core.trainer import STOPPED_EXIT_CODE
+
+    outcome = assemble(config).train(resume=args.resume)
+    run_dir = Path(outcome.run_dir)
+    if not outcome.finished:
+        print(f"\nStopped after step {outcome.step} of {config.optim.steps}; the state is saved.")
+        print(f"Go on with:  {command_line('train', run_dir, '--resume')}")
+        return STOPPED_EXIT_CODE
+    _say_where(config, run_dir)
+    return 0
+
+
+def _say_where(config: RunConfig, run_dir: Path) -> None:
+    from srpo_core.checkpoint import best, latest
+    from srpo_core.report import write_report
+
+    try:
+        page = str(write_report([run_dir]))
+    except Exception as error:  # the run itself is done and saved: a page that fails must not look like a failed run
+        page = f"not written ({error})"
+    newest, finest = latest(run_dir), best(run_dir)
+    lines = [("report", page), ("checkpoint", newest)]
+    if finest is not None and finest != newest:
+        lines.append(("best", finest))
+    places = {
+        "previews": run_dir / "previews",
+        "evaluation": run_dir / "evaluation",
+        "curves": run_dir / "metrics.jsonl",
+    }
+    lines += [(name, path) for name, path in places.items() if path.exists()]
+    print(f"\nDone: {config.optim.steps} steps. Everything is in {run_dir}")
+    print("".join(f"  {name:<11} {path}\n" for name, path in lines))
+    kind = "a LoRA file for ComfyUI and diffusers" if config.lora.rank else "weights for diffusers and ComfyUI"
+    print(f"Next:\n  {command_line('export', run_dir)}\n      {kind}")
+    print(f"  {command_line('sample', run_dir)}\n      pictures of held-out prompts, or of your own with --prompt TEXT")
+    print(f"  {command_line('report', run_dir)}\n      the report again; with several runs (seeds), one page about all")
+
+
+def sample(args: Namespace) -> int:
+    """Draw pictures and say where they are."""
+    config = load_run(run_source(args.source), args.overrides)
+    is_run = Path(args.source).is_dir() and args.source not in preset_names()
+    from srpo_core import sampling
+
+    run_dir = Path(args.source) if is_run else None
+    checkpoint = sampling.chosen_checkpoint(run_dir, args.checkpoint)
+    if args.prompt and args.prompts:
+        raise ConfigError("give prompts by --prompt or by --prompts, not both")
+    settings = sampling.SampleSettings.of(config, args.steps, args.guidance)
+    name = checkpoint.name if checkpoint is not None else "base"
+    folder = Path(args.out) if args.out else (run_dir / "samples" / name if run_dir else Path("samples"))
+    files = sampling.sample(
+        config, checkpoint, settings, folder,
+        prompts=args.prompt, prompts_file=args.prompts, lora=Path(args.lora) if args.lora else None,
+        seeds=range(args.seed, args.seed + args.count), batch_size=args.batch_size, overwrite=args.overwrite,
+    )  # fmt: skip
+    print(f"{len(files)} {'picture' if len(files) == 1 else 'pictures'} in {folder}")
+    source = [] if config.reward.name == "miniature" else ["--source", args.source]
+    print(f"Score them with:  {command_line('score', folder, *source)}")
+    return 0
+
+
+def score(args: Namespace) -> int:
+    """Score pictures, print the table and write it as CSV and JSON."""
+    config = load_run(run_source(args.source)).reward
+    chosen = {
+        "name": args.reward,
+        "path": args.reward_path,
+        "liked": _words(args.liked),
+        "disliked": _words(args.disliked),
+    }
+    model = load_run(run_source(args.source)).model if args.measures else None
+    from srpo_core import scoring
+
+    settings = scoring.reward_settings(config, chosen)
+    pictures = scoring.find_pictures([Path(name) for name in args.images], Path(args.prompts) if args.prompts else None)
+    rows = scoring.score_pictures(pictures, settings, model, args.device, args.batch_size)
+    out = Path(args.out) if args.out else pictures[0].path.parent / "srpo_scores"
+    scoring.print_table(rows)
+    print(f"Written: {' and '.join(str(path) for path in scoring.write_tables(rows, settings, out))}")
+    return 0
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def export(args: Namespace) -> int:
+    """Write a run's weights and say where they are."""
+    from safetensors import safe_open
+
+    from srpo_core.export import export_run
+
+    averaged = False if args.raw else None
+    path = export_run(args.run_dir, args.out, args.what, args.checkpoint, averaged, args.dtype, args.overwrite)
+    print(f"Written: {path}")
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            is_lora = any(".lora_A." in name for name in file.keys())  # noqa: SIM118 (no mapping)
+        print(f"ComfyUI finds it in its models/{'loras' if is_lora else 'diffusion_models'} folder.")
+    else:
+        print("It is in diffusers format; with --out NAME.safetensors it becomes one file for ComfyUI.")
+    return 0
+
+
+def report(args: Namespace) -> int:
+    """Write the page and say where it is."""
+    from srpo_core.report import write_report
+
+    print(write_report(args.runs, args.out))
+    return 0
+
+
+def doctor(args: Namespace) -> int:
+    """Print what is installed and what is missing; 0 where the required parts are fine."""
+    from srpo_core.doctor import examine
+
+    findings = examine()
+    print(findings.to_json() if args.json else findings.to_text())
+    return 0 if findings.fine else 1
+
+
+def settings(args: Namespace) -> int:
+    """Print presets and settings."""
+    values = load_run(run_source(args.source)) if args.source else RunConfig()
+    rows = [row for row in describe_fields() if args.filter in row[0]]
+    if not rows:
+        raise ConfigError(f"no setting's name contains {args.filter!r}")
+    if not args.filter:
+        print("Presets (srpo train PRESET):\n" + "".join(f"  {name}\n" for name in preset_names()))
+        whose = f"values in {args.source}" if args.source else "defaults"
+        print(f"Settings (section.key=value behind SOURCE) and their {whose}:\n")
+    for name, kind, _, description in rows:
+        value = values
+        for part in name.split("."):
+            value = getattr(value, part)
+        print(f"{name} = {_shown(value)}    ({kind})")
+        print(textwrap.fill(description, 100, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_shown(part) for part in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

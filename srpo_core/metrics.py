@@ -1,0 +1,167 @@
+"""What a run records: a JSON line a step in metrics.jsonl, TensorBoard beside it, seconds and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from srpo_core.config import ConfigError
+from srpo_core.files import write_atomic
+
+
+@dataclass
+class StepMetrics:
+    """One optimizer step; 0 is the base. `score` and `reward` (the preferred wording's own) are means per branch."""
+
+    step: int
+    loss: float | None = None
+    score: dict[str, float] = field(default_factory=dict)
+    reward: dict[str, float] = field(default_factory=dict)
+    liked: str | None = None
+    disliked: str | None = None
+    grad_norm: float | None = None
+    """Before clipping."""
+    lr: float | None = None
+    velocity_drift: float | None = None
+    """Relative RMS change of the velocity against the base weights, on a fixed probe."""
+    sigma: float | None = None
+    """Mean level of the gradient steps."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_gib: float | None = None
+    preview: dict[str, float] = field(default_factory=dict)
+    """Means over the preview prompts, on steps that drew them."""
+
+    def line(self) -> dict[str, Any]:
+        """As written to metrics.jsonl: what is unset is left out, numbers that aren't finite are null."""
+        return {key: _finite(value) for key, value in asdict(self).items() if value not in (None, {})}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Clock:
+    """Seconds spent in named phases. `synchronize` waits for the device before the clock is read."""
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self.seconds: dict[str, float] = {}
+        self._synchronize = synchronize
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the context's time to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._started
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """The most memory that the process held so far: on its CUDA device, else resident; None on Windows without CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def metrics_file(run_dir: Path | str) -> Path:
+    """Where a run's lines lie."""
+    return Path(run_dir) / "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The run's lines so far; a last line that a killed run left torn is left out. Empty if there is no file yet."""
+    path = metrics_file(run_dir)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+class MetricsLog:
+    """Writes a run's lines and its TensorBoard events from step `after` on; later ones are dropped first.
+
+    `last` is the line of step `after` as its checkpoint knows it, for a run that was killed before it wrote the line.
+    """
+
+    def __init__(
+        self, run_dir: Path | str, after: int = -1, last: Mapping[str, Any] | None = None, tensorboard: bool = False
+    ) -> None:
+        kept = [record for record in read_metrics(run_dir) if record["step"] <= after]
+        if last and (not kept or kept[-1]["step"] != after):
+            kept.append(dict(last))
+        write_atomic(metrics_file(run_dir), "".join(f"{json.dumps(record)}\n" for record in kept))
+        self._file = metrics_file(run_dir).open("a", encoding="utf-8")
+        self._writer = _tensorboard_writer(Path(run_dir) / "tensorboard", after + 1) if tensorboard else None
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append a step."""
+        line = metrics.line()
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in _flat(line):
+                self._writer.add_scalar(name, value, metrics.step)
+            self._writer.flush()
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Show a preview in TensorBoard."""
+        if self._writer is not None:
+            import numpy as np
+
+            self._writer.add_image("preview", np.array(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _tensorboard_writer(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"output.tensorboard=true needs the package tensorboard ({error}); or set it to false"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _flat(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key != "step":
+            yield f"{prefix}{key}", value

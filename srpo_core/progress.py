@@ -1,0 +1,93 @@
+"""What a run tells the terminal: a bar with the time left, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from srpo_core.metrics import StepMetrics
+
+LINES_EVERY = 10
+"""Steps between plain lines."""
+
+
+class Display:
+    """A run's voice. `quiet` silences it (ranks other than the main one)."""
+
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._began = time.monotonic()
+        self._first = 0
+        self._total = 0
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A line about something that went wrong and doesn't stop the run."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def phase(self, name: str, total: int, done: int = 0) -> None:
+        """From now on, count `total` things done, `done` of them before."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=total, completed=done, text="")
+        self._began, self._first, self._total = time.monotonic(), done, total
+        if not self.console.is_terminal:
+            self.say(f"{name}: {total - done} to do")
+
+    def advance(self, done: int, text: str = "") -> None:
+        """`done` of the phase's things are done by now; plain lines come at the first, every tenth and the last."""
+        self._bar.update(self._task, completed=done, text=text)
+        due = done in (self._first + 1, self._total) or done % LINES_EVERY == 0
+        if not self.console.is_terminal and due:
+            self.say(f"{done}/{self._total}  {text}  {self._time_left(done)}")
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A training step is done."""
+        scores = "  ".join(f"{branch} {score:+.3f}" for branch, score in metrics.score.items())
+        drift = f"  drift {metrics.velocity_drift:.2%}" if metrics.velocity_drift is not None else ""
+        self.advance(metrics.step, f"score: {scores}{drift}")
+
+    def scores(self, title: str, scores: Mapping[str, float]) -> None:
+        """Mean scores of a preview or an evaluation."""
+        self.say(f"{title}: " + "  ".join(f"{name} {value:+.4f}" for name, value in scores.items()))
+
+    def _time_left(self, done: int) -> str:
+        per_step = (time.monotonic() - self._began) / max(1, done - self._first)
+        left = round(per_step * (self._total - done))
+        return f"{per_step:.2g} s each, {left // 60}:{left % 60:02d} left"

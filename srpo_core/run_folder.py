@@ -1,0 +1,107 @@
+"""The folder of a run: whether it may be started or resumed there, and its record run.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srpo_core.checkpoint import list_checkpoints
+from srpo_core.config import ConfigError, RunConfig, load_run
+from srpo_core.files import write_atomic
+from srpo_core.metrics import read_metrics
+
+FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute")
+"""Settings that leave the course of a run as it is, so that a resumed run may have other values."""
+
+
+def holds_run(run_dir: Path | str) -> bool:
+    """Whether the folder holds a step of a run; a run that failed before its first leaves nothing to protect."""
+    return bool(read_metrics(run_dir)) or bool(list_checkpoints(run_dir))
+
+
+def check_start(config: RunConfig, resume: bool = False, allow_changes: bool = False) -> None:
+    """ConfigError if the run can't start in output.dir, or go on there with these settings. Reads a file or two.
+
+    Where there is no checkpoint, a resumed run starts from the base model, with any settings.
+    """
+    folder = Path(config.output.dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output.dir={config.output.dir!r} is a file; name a folder")
+    if not holds_run(folder):
+        return
+    if not resume:
+        raise ConfigError(
+            f"output.dir={config.output.dir!r} already holds a run; go on with it (--resume) or name another output.dir"
+        )
+    if allow_changes or not list_checkpoints(folder):
+        return
+    changes = list(changed_settings(load_run(str(folder / "run.json")), config))
+    if changes:
+        lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, old, new in changes)
+        raise ConfigError(
+            f"output.dir={config.output.dir!r} holds a run with other settings; go on with its own:{lines}"
+        )
+
+
+def changed_settings(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """(name, old value, new value) of the settings that would alter the course of a run."""
+    before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    for name, value in after.items():
+        free = name.startswith(FREE_TO_CHANGE) or (name == "optim.steps" and new.optim.schedule == "constant")
+        if value != before[name] and not free:
+            yield name, before[name], value
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def write_record(config: RunConfig, device: torch.device) -> None:
+    """run.json: the settings, and what they were run with."""
+    packages = ("torch", "diffusers", "transformers", "peft", "comfyui-srpo")
+    made_with = {"versions": {name: _version(name) for name in packages}, "python": platform.python_version()}
+    record = {**config.model_dump(), "made_with": {**made_with, "device": device_name(device)}}
+    write_atomic(Path(config.output.dir) / "run.json", json.dumps(record, indent=1))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: "cuda (NVIDIA H100)", "cpu"."""
+    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
+    """ConfigError if the disk lacks room for the checkpoints that a run holds at once, less those there already"""
+    folder = Path(config.output.dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    present = len(list_checkpoints(folder))
+    at_once = min(config.output.keep_checkpoints + 2, config.optim.steps)  # the newest, the best, and one being written
+    needed = max(1, at_once - present) * checkpoint_bytes
+    if needed > free:
+        raise ConfigError(
+            f"output.dir={config.output.dir!r}: the run's checkpoints need about {_size(needed)} more"
+            f" ({_size(checkpoint_bytes)} each, {at_once} at once), {_size(free)} are free; make room, name a folder on"
+            " another disk, lower output.keep_checkpoints or train a LoRA"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,314 @@
+"""Exported weights: what other programs make of them is what was trained."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import load, tiny_config
+from tiny_flux import random_latents, random_prompts, tiny_pipeline, tiny_transformer
+
+from srpo_core import export
+from srpo_core.assemble import assemble
+from srpo_core.checkpoint import checkpoint_folder, read_tensors
+from srpo_core.config import ConfigError, LoraConfig, load_run, make_config
+from srpo_core.errors import TrainingError
+from srpo_core.lora import add_lora
+from srpo_core.models.flux import FluxFlow
+
+RANK, ALPHA = 4, 10.0
+METADATA = {"srpo_run": '{"seed": 1}', "srpo_step": "3"}
+
+
+def velocity(transformer):
+    with torch.no_grad():
+        return FluxFlow(transformer).velocity(random_latents(), torch.tensor([0.9, 0.7]), random_prompts(), 3.5)
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def trained_lora(group="all"):
+    """A tiny transformer with a LoRA that does something."""
+    module = tiny_transformer()
+    config = LoraConfig(rank=RANK, alpha=ALPHA, targets=group)
+    generator = torch.Generator().manual_seed(5)
+    add_lora(module, config, FluxFlow.lora_targets[group], generator)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return module
+
+
+def exported_lora(module, path, **options):
+    return export.export_lora(dict(module.named_parameters()), ALPHA, path, METADATA, **options)
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+# ---- LoRA files
+
+
+@pytest.mark.parametrize("group", ["attention", "mlp", "all"])
+def test_diffusers_gives_the_trained_velocity_from_a_lora_file(tmp_path, group):
+    module = trained_lora(group)
+    path = exported_lora(module, tmp_path / "lora.safetensors")
+    pipeline = tiny_pipeline(transformer=tiny_transformer())
+    untouched = velocity(pipeline.transformer)
+    pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    assert relative_error(velocity(pipeline.transformer), velocity(module)) < 1e-5
+    assert relative_error(untouched, velocity(module)) > 1e-2
+
+
+def test_lora_keys_are_those_that_comfyui_reads(tmp_path):
+    module = trained_lora()
+    tensors = load_file(exported_lora(module, tmp_path / "lora.safetensors"))
+    plain = tiny_transformer().state_dict()
+    layers = {name.removesuffix(".alpha") for name in tensors if name.endswith(".alpha")}
+    assert {f"{layer}{end}" for layer in layers for end in (".alpha", ".lora_A.weight", ".lora_B.weight")} == set(
+        tensors
+    )
+    assert len(layers) > 10
+    for layer in layers:
+        weight = plain[layer.removeprefix("transformer.") + ".weight"]
+        assert tensors[f"{layer}.lora_A.weight"].shape == (RANK, weight.shape[1])
+        assert tensors[f"{layer}.lora_B.weight"].shape == (weight.shape[0], RANK)
+        assert tensors[f"{layer}.alpha"].shape == ()
+        assert float(tensors[f"{layer}.alpha"]) == ALPHA
+
+
+def test_alpha_over_rank_scales_the_change(tmp_path):
+    """weight + alpha / rank * B @ A, as a reader of the file works it out, is the trained transformer."""
+    module = trained_lora()
+    tensors = load_file(exported_lora(module, tmp_path / "lora.safetensors"))
+    plain = tiny_transformer()
+    with torch.no_grad():
+        for key in [key for key in tensors if key.endswith(".alpha")]:
+            layer = key.removesuffix(".alpha")
+            change = tensors[f"{layer}.lora_B.weight"] @ tensors[f"{layer}.lora_A.weight"]
+            plain.get_submodule(layer.removeprefix("transformer.")).weight += tensors[key] / RANK * change
+    assert relative_error(velocity(plain), velocity(module)) < 1e-5
+
+
+def test_a_lora_in_bfloat16_keeps_its_alpha(tmp_path):
+    tensors = load_file(exported_lora(trained_lora(), tmp_path / "lora.safetensors", dtype="bfloat16"))
+    assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith(".alpha")} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in tensors.items() if name.endswith(".alpha")} == {torch.float32}
+
+
+def test_weights_without_a_lora_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no LoRA"):
+        exported_lora(tiny_transformer(), tmp_path / "lora.safetensors")
+
+
+# ---- whole transformers
+
+
+def test_a_transformer_reloads_bit_for_bit(tmp_path):
+    module = tiny_transformer(seed=4)
+    out = export.export_transformer(module, tmp_path / "trained", METADATA)
+    again = FluxTransformer2DModel.from_pretrained(out)
+    assert again.state_dict().keys() == module.state_dict().keys()
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in again.state_dict().items())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["_class_name"] == "FluxTransformer2DModel"
+    for key, value in module.config.items():
+        assert key.startswith("_") or json.dumps(again.config[key]) == json.dumps(value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained"]
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_bfloat16_is_the_rounded_weights(tmp_path):
+    module = tiny_transformer()
+    out = export.export_transformer(module, tmp_path / "trained", METADATA, dtype="bfloat16")
+    tensors = load_file(out / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensors[name], tensor.bfloat16()) for name, tensor in module.state_dict().items())
+
+
+def test_a_merged_lora_equals_the_adapter_and_leaves_the_module_alone(tmp_path):
+    module = trained_lora()
+    before = copy.deepcopy(module.state_dict())
+    merged = FluxTransformer2DModel.from_pretrained(export.export_transformer(module, tmp_path / "merged", METADATA))
+    assert merged.state_dict().keys() == tiny_transformer().state_dict().keys()
+    assert relative_error(velocity(merged), velocity(module)) < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_transformer_can_be_one_file(tmp_path):
+    module = tiny_transformer()
+    path = export.export_transformer(module, tmp_path / "deep" / "trained.safetensors", METADATA)
+    tensors = load_file(path)
+    assert tensors.keys() == module.state_dict().keys()
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in tensors.items())
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_only_diffusers_models_become_folders(tmp_path):
+    with pytest.raises(ConfigError, match="Linear is no diffusers model"):
+        export.export_transformer(torch.nn.Linear(2, 2), tmp_path / "out", METADATA)
+
+
+def test_the_description_travels_inside(tmp_path):
+    folder = export.export_transformer(tiny_transformer(), tmp_path / "trained", METADATA)
+    lora = exported_lora(trained_lora(), tmp_path / "lora.safetensors")
+    for path in (folder / "diffusion_pytorch_model.safetensors", lora):
+        assert METADATA.items() <= metadata(path).items()
+
+
+# ---- places
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    module, lora = tiny_transformer(), trained_lora()
+    folder = export.export_transformer(module, tmp_path / "trained", METADATA)
+    path = exported_lora(lora, tmp_path / "lora.safetensors")
+    with pytest.raises(ConfigError, match="trained exists already"):
+        export.export_transformer(module, folder, METADATA)
+    with pytest.raises(ConfigError, match=r"lora\.safetensors exists already"):
+        exported_lora(lora, path)
+    export.export_transformer(tiny_transformer(seed=9), folder, {"srpo_step": "9"}, overwrite=True)
+    exported_lora(lora, path, dtype="bfloat16", overwrite=True)
+    assert metadata(folder / "diffusion_pytorch_model.safetensors")["srpo_step"] == "9"
+    assert load_file(path)["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"].dtype == torch.bfloat16
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["lora.safetensors", "trained"]
+
+
+def test_a_folder_with_other_files_is_never_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(ConfigError, match="holds other files"):
+        export.export_transformer(tiny_transformer(), tmp_path / "home", METADATA, overwrite=True)
+    (tmp_path / "odd.safetensors").mkdir()
+    with pytest.raises(ConfigError, match="is a folder"):
+        exported_lora(trained_lora(), tmp_path / "odd.safetensors", overwrite=True)
+    assert (tmp_path / "home" / "letter.txt").read_text(encoding="utf-8") == "dear"
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    lora = trained_lora()
+    path = exported_lora(lora, tmp_path / "lora.safetensors")
+    folder = export.export_transformer(tiny_transformer(), tmp_path / "trained", METADATA)
+    contents = path.read_bytes(), (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+
+    def full(tensors, place, *_):
+        place.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(TrainingError, match=r"could not be written: .*No space left"):
+        exported_lora(lora, path, overwrite=True)
+    with pytest.raises(TrainingError, match="No space left"):
+        export.export_transformer(tiny_transformer(), folder, METADATA, overwrite=True)
+    assert contents == (path.read_bytes(), (folder / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["lora.safetensors", "trained"]
+
+
+# ---- from a run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a LoRA run and of a full run with a running average, four steps each."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+    for kind, settings in {
+        "lora": {"lora__rank": 2, "lora__alpha": 3.0},
+        "full": {"optim__ema_decay": 0.9},
+    }.items():
+        trainer = assemble(tiny_config(folder / kind, output__keep_checkpoints=3, **settings))
+        trainer.train()
+        made[kind] = folder / kind, trainer.flow.module
+    return made
+
+
+def tiny_velocity(module):
+    """Of the family of tests/tiny.py, whose text is narrower."""
+    parts = load(tiny_config("unused").model, "cpu")
+    with torch.no_grad():
+        prompts = parts.text_encoder(["a red cat", "a tree"])
+        return FluxFlow(module).velocity(random_latents(), torch.tensor([0.9, 0.7]), prompts, 3.5)
+
+
+def fresh_transformer():
+    return load(tiny_config("unused").model, "cpu").flow.module
+
+
+def test_a_lora_run_becomes_a_lora_file(runs):
+    run_dir, module = runs["lora"]
+    path = export.export_run(run_dir)
+    assert path == run_dir / "export" / "lora-000004.safetensors"
+    transformer = fresh_transformer()
+    untouched = tiny_velocity(transformer)
+    pipeline = tiny_pipeline(transformer=transformer)
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    assert relative_error(tiny_velocity(transformer), tiny_velocity(module)) < 1e-5
+    assert not torch.equal(tiny_velocity(module), untouched)
+    described = metadata(path)
+    assert described["srpo_step"] == "4"
+    assert described["srpo_weights"] == "trained"
+    record = json.loads(described["srpo_run"])
+    record.pop("made_with")
+    assert make_config(record) == load_run(str(run_dir / "run.json"))
+
+
+def test_a_lora_run_merges_into_a_transformer(runs, tmp_path):
+    run_dir, module = runs["lora"]
+    merged = FluxTransformer2DModel.from_pretrained(export.export_run(run_dir, tmp_path / "merged", what="transformer"))
+    assert relative_error(tiny_velocity(merged), tiny_velocity(module)) < 1e-5
+
+
+def test_a_full_run_becomes_its_average_or_its_trained_weights(runs, tmp_path):
+    run_dir, module = runs["full"]
+    average = read_tensors(checkpoint_folder(run_dir, 4), "ema")
+    out = export.export_run(run_dir)
+    assert out == run_dir / "export" / "full-000004"
+    tensors = load_file(out / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in average.items())
+    assert metadata(out / "diffusion_pytorch_model.safetensors")["srpo_weights"] == "averaged"
+    out = export.export_run(run_dir, tmp_path / "trained.safetensors", averaged=False)
+    trained = module.state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file(out).items())
+    assert not torch.equal(trained["proj_out.weight"], tensors["proj_out.weight"])
+
+
+def test_any_checkpoint_can_be_exported(runs, tmp_path):
+    run_dir, _ = runs["lora"]
+    path = export.export_run(run_dir, tmp_path / "early.safetensors", checkpoint=2)
+    early = read_tensors(checkpoint_folder(run_dir, 2), "weights")
+    name, tensor = next(item for item in early.items() if ".lora_B." in item[0])
+    assert torch.equal(load_file(path)["transformer." + name.replace(".default", "")], tensor)
+    best = export.export_run(run_dir, tmp_path / "best.safetensors", checkpoint="best", dtype="float16")
+    assert int(metadata(best)["srpo_step"]) in (2, 4)
+    assert export.find_checkpoint(run_dir, "2") == checkpoint_folder(run_dir, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("lora", {"checkpoint": 3}, "no checkpoint 3; there are step-000002, step-000004"),
+        ("lora", {"checkpoint": "newest"}, "last, best or a step, got 'newest'"),
+        ("lora", {"averaged": True}, r"no running average: .*optim\.ema_decay=0"),
+        ("lora", {"dtype": "float8"}, r"unknown dtype 'float8' \(choices: float32, bfloat16, float16\)"),
+        ("lora", {"out": "folder"}, r"a LoRA is one file: folder should end in \.safetensors"),
+        ("lora", {"what": "vae"}, "auto, lora or transformer, got 'vae'"),
+        ("full", {"what": "lora"}, "trained all parameters, not a LoRA"),
+    ],
+)
+def test_what_cant_be_exported_is_named(runs, kind, options, message):
+    with pytest.raises(ConfigError, match=message):
+        export.export_run(runs[kind][0], **options)
+
+
+def test_folders_without_a_run_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no run: there is no run\.json"):
+        export.export_run(tmp_path)
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no checkpoint yet"):
+        export.export_run(tmp_path)

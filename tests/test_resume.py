@@ -1,0 +1,238 @@
+"""Stopping and going on: bit for bit the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config, weights_hash
+
+from srpo_core.assemble import assemble
+from srpo_core.checkpoint import checkpoint_folder, latest, list_checkpoints, load_weights, read_tensors
+from srpo_core.config import ConfigError
+from srpo_core.evaluate import read_evaluation
+from srpo_core.metrics import read_metrics
+from srpo_core.trainer import Outcome
+
+KINDS = {
+    "full": {},
+    "lora": {"lora__rank": 2, "model__dtype": "bfloat16"},
+}
+COURSE = {
+    "optim__steps": 7, "optim__warmup_steps": 3, "optim__schedule": "cosine", "optim__accumulation": 2,
+    "optim__ema_decay": 0.9, "align__draws_per_rollout": 2, "output__checkpoint_every": 3, "output__preview_every": 2,
+}  # fmt: skip
+
+
+def interrupt_at(trainer, step: int, number: int = signal.SIGINT) -> None:
+    """Have a signal arrive in the middle of a step."""
+    learn = trainer.learner.step
+
+    def interrupted(current, clock):
+        if current == step:
+            signal.raise_signal(number)
+        return learn(current, clock)
+
+    trainer.learner.step = interrupted
+
+
+def fail_at(trainer, step: int) -> None:
+    """Have the process die in the middle of a step."""
+    learn = trainer.learner.step
+
+    def failing(current, clock):
+        if current == step:
+            raise KeyboardInterrupt
+        return learn(current, clock)
+
+    trainer.learner.step = failing
+
+
+def course(run_dir: Path) -> list[dict]:
+    """The run's lines without what depends on the machine."""
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "peak_memory_gib")} for line in read_metrics(run_dir)
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
+    settings = COURSE | KINDS[kind]
+    whole = assemble(tiny_config(tmp_path / "whole", **settings))
+    whole.train()
+    broken = assemble(tiny_config(tmp_path / "broken", **settings))
+    interrupt_at(broken, 4)
+    outcome = broken.train()
+    assert (outcome.step, outcome.finished) == (4, False)
+    assert latest(tmp_path / "broken").name == "step-000004"
+    resumed = assemble(tiny_config(tmp_path / "broken", **settings))
+    assert resumed.train(resume=True).finished
+    assert weights_hash(resumed.flow.module) == weights_hash(whole.flow.module)
+    for name in ("weights", "ema", "optimizer"):
+        ours, theirs = (read_tensors(checkpoint_folder(tmp_path / run, 7), name) for run in ("whole", "broken"))
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] == theirs[key]).all() for key in ours)
+    assert course(tmp_path / "broken") == course(tmp_path / "whole")
+
+
+def test_stopping_between_checkpoints_saves(tmp_path):
+    trainer = assemble(tiny_config(tmp_path, output__checkpoint_every=4, output__preview_every=0))
+    interrupt_at(trainer, 3, signal.SIGTERM)
+    assert trainer.train() == Outcome(3, False, tmp_path)
+    assert latest(tmp_path).name == "step-000003"
+
+
+def test_what_came_after_the_checkpoint_is_dropped_and_done_again(tmp_path):
+    assemble(tiny_config(tmp_path, optim__steps=6, output__checkpoint_every=2)).train()
+    before = course(tmp_path)
+    newest = latest(tmp_path)
+    for path in newest.iterdir():
+        path.unlink()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # killed in the middle of a line
+    trainer = assemble(tiny_config(tmp_path, optim__steps=6, output__checkpoint_every=2))
+    trainer.train(resume=True)
+    assert course(tmp_path) == before
+
+
+def test_a_line_that_a_killed_run_did_not_write_comes_from_its_checkpoint(tmp_path):
+    assemble(tiny_config(tmp_path, optim__steps=2)).train()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assemble(tiny_config(tmp_path, optim__steps=3)).train(resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_more_steps_may_be_asked_for(tmp_path):
+    whole = assemble(tiny_config(tmp_path / "whole", optim__steps=6))
+    whole.train()
+    assemble(tiny_config(tmp_path / "longer", optim__steps=3)).train()
+    longer = assemble(tiny_config(tmp_path / "longer", optim__steps=6))
+    longer.train(resume=True)
+    assert weights_hash(longer.flow.module) == weights_hash(whole.flow.module)
+
+
+def test_resuming_with_other_settings_is_refused_unless_allowed(tmp_path):
+    assemble(tiny_config(tmp_path, optim__steps=2)).train()
+    changed = tiny_config(tmp_path, optim__steps=3, optim__lr=2e-3, data__batch_size=1)
+    with pytest.raises(ConfigError, match=r"(?s)data.batch_size: 2 there, 1 now.*optim.lr: 0.001 there, 0.002 now"):
+        assemble(changed).train(resume=True)
+    assert assemble(changed).train(resume=True, allow_changes=True).step == 3
+    cosine = {"optim__schedule": "cosine", "optim__lr": 2e-3, "data__batch_size": 1}
+    with pytest.raises(ConfigError, match=r"optim.schedule: 'constant' there"):
+        assemble(tiny_config(tmp_path, optim__steps=4, **cosine)).train(resume=True)
+
+
+def test_a_folder_with_a_run_is_not_started_over(tmp_path):
+    assemble(tiny_config(tmp_path, optim__steps=1)).train()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ConfigError, match="already holds a run; go on with it"):
+        assemble(tiny_config(tmp_path, optim__steps=1)).train()
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_resuming_where_nothing_was_saved_starts_from_the_base(tmp_path, capsys):
+    assert assemble(tiny_config(tmp_path / "new", optim__steps=1)).train(resume=True).step == 1
+    assert "no checkpoint in" in capsys.readouterr().out
+    stopped = assemble(tiny_config(tmp_path / "early"))
+    fail_at(stopped, 1)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        assemble(tiny_config(tmp_path / "early")).train()
+    assert assemble(tiny_config(tmp_path / "early", optim__lr=2e-3)).train(resume=True).finished
+    assert [line["step"] for line in read_metrics(tmp_path / "early")] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_that_failed_before_its_first_step_may_be_started_over(tmp_path):
+    failed = assemble(tiny_config(tmp_path, output__preview_every=0))
+    fail_at(failed, 1)
+    with pytest.raises(KeyboardInterrupt):
+        failed.train()
+    assert assemble(tiny_config(tmp_path, data__batch_size=1)).train().finished
+
+
+def test_the_base_is_evaluated_once(tmp_path):
+    settings = {"optim__steps": 3, "output__evaluate_prompts": 3}
+    trainer = assemble(tiny_config(tmp_path, **settings))
+    interrupt_at(trainer, 2, signal.SIGTERM)
+    assert trainer.train().step == 2
+    before = read_evaluation(tmp_path)["before"]
+    picture = tmp_path / "evaluation" / "before" / "000.png"
+    written = picture.stat().st_mtime_ns
+    assemble(tiny_config(tmp_path, **settings)).train(resume=True)
+    record = read_evaluation(tmp_path)
+    assert picture.stat().st_mtime_ns == written and record["before"] == before and record["after_step"] == 3
+
+
+def test_a_second_signal_aborts_at_once(tmp_path):
+    trainer = assemble(tiny_config(tmp_path))
+    learn = trainer.learner.step
+
+    def twice(current, clock):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return learn(current, clock)
+
+    trainer.learner.step = twice
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def start(run_dir: Path, resume: bool) -> subprocess.Popen:
+    """A training process on the tiny family."""
+    tests = Path(__file__).parent
+    code = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from srpo_core.assemble import assemble; from srpo_core.config import load_run\n"
+        f"sys.exit(0 if assemble(load_run(sys.argv[1])).train(resume={resume}).finished else 3)"
+    )
+    settings = run_dir.with_suffix(".json")
+    settings.write_text(json.dumps(tiny_config(run_dir, **KILLED).model_dump()))
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, str(settings)], env=environment, stdout=subprocess.DEVNULL)
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= step for line in read_metrics(run_dir)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+KILLED = {"optim__steps": 40, "optim__ema_decay": 0.9, "output__checkpoint_every": 1, "output__preview_every": 0}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_kill_minus_nine_and_sigterm_lose_nothing(tmp_path):
+    run_dir = tmp_path / "killed"
+    process = start(run_dir, resume=False)
+    wait_for_step(process, run_dir, 6)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = len(read_metrics(run_dir))
+    for folder in list_checkpoints(run_dir):
+        load_weights(folder, assemble(tiny_config(tmp_path / "other")).flow.module)
+    assert int(latest(run_dir).name[-6:]) >= done - 1
+
+    process = start(run_dir, resume=True)
+    wait_for_step(process, run_dir, 15)
+    process.terminate()
+    assert process.wait(timeout=60) == 3
+    assert int(latest(run_dir).name[-6:]) == len(read_metrics(run_dir))
+
+    resumed = assemble(tiny_config(run_dir, **KILLED))
+    assert resumed.train(resume=True).finished
+    whole = assemble(tiny_config(tmp_path / "whole", **KILLED))
+    whole.train()
+    assert weights_hash(resumed.flow.module) == weights_hash(whole.flow.module)
+    assert course(run_dir) == course(tmp_path / "whole")
+    assert not list(run_dir.rglob(".tmp*"))
