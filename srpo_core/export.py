@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -34,10 +34,15 @@ from srpo_core.files import sync
 from srpo_core.lora import ADAPTER
 from srpo_core.models import load_model
 
+if TYPE_CHECKING:
+    from srpo_core.models.flux import ImageAutoencoder
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUFFIX = ".safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
+COMFYUI_FLUX_SCALE, COMFYUI_FLUX_SHIFT = 0.3611, 0.1159
+"""ComfyUI hands a FLUX model (latents - shift) * scale of its VAE's latents, whichever VAE that is."""
 
 
 def lora_tensors(parameters: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -70,6 +75,30 @@ def transformer_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(".base_layer.", "."), tensor
 
 
+def vae_comfyui_tensors(autoencoder: ImageAutoencoder) -> dict[str, Tensor]:
+    """An autoencoder of the TAESD layout, under the names by which ComfyUI knows that layout.
+
+    `vae_scale` and `vae_shift` are such that ComfyUI's FLUX models get the latents that `autoencoder` encodes, and its
+    decoder those that they return. ConfigError for another layout, which ComfyUI would not recognise.
+    """
+    from diffusers import AutoencoderTiny
+
+    weights = autoencoder.module.state_dict()
+    channels = autoencoder.module.config.latent_channels
+    layout = AutoencoderTiny(latent_channels=channels).state_dict()
+    if {name: tensor.shape for name, tensor in weights.items()} != {name: t.shape for name, t in layout.items()}:
+        raise ConfigError("this autoencoder can't become a ComfyUI VAE here: only the TAESD layout is supported")
+    tensors = {
+        "vae_scale": torch.tensor(COMFYUI_FLUX_SCALE / autoencoder.scale),
+        "vae_shift": torch.tensor(COMFYUI_FLUX_SHIFT - autoencoder.shift * autoencoder.scale / COMFYUI_FLUX_SCALE),
+    }
+    for name, tensor in weights.items():
+        side, _, index, rest = name.split(".", 3)
+        place = int(index) + (side == "decoder")  # ComfyUI's decoder counts its clamp as layer 0
+        tensors[f"taesd_{side}.{place}.{rest}"] = tensor
+    return tensors
+
+
 def export_lora(
     parameters: Mapping[str, Tensor],
     alpha: float,
@@ -100,6 +129,20 @@ def export_transformer(
     else:
         _write_folder(out, tensors, metadata, _module_config(module))
     return out
+
+
+def export_vae_comfyui(
+    autoencoder: ImageAutoencoder,
+    path: Path | str,
+    metadata: Mapping[str, str],
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> Path:
+    """Write an autoencoder of the TAESD layout to one safetensors file that ComfyUI loads as a VAE for FLUX models."""
+    path = Path(path)
+    _check_place(path, overwrite)
+    _write_file(path, dict(_cast(vae_comfyui_tensors(autoencoder).items(), dtype)), metadata)
+    return path
 
 
 def export_run(
@@ -200,7 +243,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
 
 def _cast(tensors: Any, dtype: str) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        keep = not tensor.is_floating_point() or name.endswith(".alpha")
+        keep = not tensor.is_floating_point() or tensor.ndim == 0  # single numbers, such as a LoRA's alpha
         yield name, tensor.detach().to("cpu", None if keep else DTYPES[dtype]).contiguous()
 
 

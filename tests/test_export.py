@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import load, tiny_config
-from tiny_flux import random_latents, random_prompts, tiny_pipeline, tiny_transformer
+from tiny_flux import random_latents, random_prompts, tiny_pipeline, tiny_transformer, tiny_vae
 
 from srpo_core import export
 from srpo_core.assemble import assemble
@@ -17,7 +17,7 @@ from srpo_core.checkpoint import checkpoint_folder, read_tensors
 from srpo_core.config import ConfigError, LoraConfig, load_run, make_config
 from srpo_core.errors import TrainingError
 from srpo_core.lora import add_lora
-from srpo_core.models.flux import FluxFlow
+from srpo_core.models.flux import FluxFlow, ImageAutoencoder
 
 RANK, ALPHA = 4, 10.0
 METADATA = {"srpo_run": '{"seed": 1}', "srpo_step": "3"}
@@ -161,6 +161,42 @@ def test_the_description_travels_inside(tmp_path):
     lora = exported_lora(trained_lora(), tmp_path / "lora.safetensors")
     for path in (folder / "diffusion_pytorch_model.safetensors", lora):
         assert METADATA.items() <= metadata(path).items()
+
+
+# ---- autoencoders
+
+
+def test_a_comfyui_vae_has_the_layout_that_comfyui_reads(tmp_path):
+    """Names by position: ComfyUI's decoder has a clamp as layer 0 where ours clamps without a layer."""
+    module = AutoencoderTiny(latent_channels=16)
+    path = export.export_vae_comfyui(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA, dtype="bfloat16")
+    tensors = load_file(path)
+    assert torch.equal(tensors["taesd_encoder.0.weight"], module.encoder.layers[0].weight.bfloat16())
+    assert torch.equal(tensors["taesd_decoder.1.weight"], module.decoder.layers[0].weight.bfloat16())
+    assert torch.equal(tensors["taesd_decoder.3.conv.2.bias"], module.decoder.layers[2].conv[2].bias.bfloat16())
+    assert len(tensors) == len(module.state_dict()) + 2
+    assert tensors["vae_scale"].dtype == tensors["vae_shift"].dtype == torch.float32
+    assert METADATA.items() <= metadata(path).items()
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (0.3611, 0.1159), (2.0, -0.5)])
+def test_a_comfyui_vae_decodes_the_flow_models_latents(scale, shift):
+    """Through ComfyUI's FLUX latents (x / 0.3611 + 0.1159) and its TAESD's (x - vae_shift) * vae_scale."""
+    autoencoder = ImageAutoencoder(AutoencoderTiny(latent_channels=16, scaling_factor=scale))
+    autoencoder.shift = shift
+    tensors = export.vae_comfyui_tensors(autoencoder)
+    latents = torch.linspace(-3, 3, 7)
+    decoded = (latents / 0.3611 + 0.1159 - tensors["vae_shift"]) * tensors["vae_scale"]
+    assert torch.allclose(decoded, latents / scale + shift, atol=1e-5)
+
+
+def test_another_autoencoder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="only the TAESD layout"):
+        export.export_vae_comfyui(ImageAutoencoder(tiny_vae()), tmp_path / "vae.safetensors", METADATA)
+    with pytest.raises(ConfigError, match="only the TAESD layout"):
+        module = AutoencoderTiny(latent_channels=16, num_decoder_blocks=(1, 1, 1, 1))
+        export.export_vae_comfyui(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- places

@@ -1,7 +1,8 @@
 """The small world's language: captions, the scenes that they ask for, and the words that name a look.
 
-A caption asks for one thing in a place, two or three equal things, or two different things beside or above each other, somewhere:
-"a red ball on the left in a meadow", "three blue stars at night", "a pink ring above a white box in the desert".
+A caption asks for one thing in a place, two or three equal things, or two different things beside or above each other,
+somewhere: "a red ball on the left in a meadow", "three blue stars at night", "a pink ring above a white box in the
+desert".
 A look word may stand before it: "Oil. three blue stars at night".
 """
 

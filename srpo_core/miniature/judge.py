@@ -1,11 +1,11 @@
-"""The held-out judge: a small detector that tells which things a picture shows, where, before which background, in which look.
+"""The held-out judge: a small detector of which things a picture shows, where, before which background, in which look.
 
 It never meets the reward or its data, and it is never in a gradient: it only measures what a run did.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,8 @@ class Judge(nn.Module):
         self.body = nn.Sequential(
             nn.Conv2d(3, width // 2, 5, stride=2, padding=2), nn.SiLU(), _Block(width // 2),
             nn.Conv2d(width // 2, width, 3, stride=2, padding=1), _Block(width), _Block(width),
-            nn.Conv2d(width, wide, 3, stride=2, padding=1), _Block(wide), _Block(wide, 2), _Block(wide, 2), _Block(wide),
+            nn.Conv2d(width, wide, 3, stride=2, padding=1),
+            _Block(wide), _Block(wide, 2), _Block(wide, 2), _Block(wide),
             nn.GroupNorm(8, wide), nn.SiLU(),
         )  # fmt: skip
         self.maps = nn.Conv2d(wide, 1 + len(SHAPES) + len(COLOURS), 1)
@@ -97,7 +98,10 @@ def see(judge: Judge, images: Tensor) -> list[Seen]:
 
 
 def things_right(scene: Scene, seen: Seen) -> float:
-    """Things asked for and seen (shape, colour and place right), as a part of those asked for or seen, whichever are more."""
+    """Things asked for and seen (shape, colour and place right), as a part of those asked for or seen.
+
+    The larger of the two counts: what is missing costs as much as what nobody asked for.
+    """
 
     def found(thing: Thing, candidate: tuple[str, str, float, float]) -> bool:
         shape, colour, x, y = candidate
@@ -113,6 +117,11 @@ def things_right(scene: Scene, seen: Seen) -> float:
     return right / max(len(scene.things), len(seen.things))
 
 
+def all_right(scene: Scene, seen: Seen) -> float:
+    """1 where things and background are all right and nothing is added, else 0."""
+    return float(things_right(scene, seen) == 1 and seen.background == scene.background)
+
+
 class JudgeMeasures:
     """The judge's numbers for pictures [B, 3, H, W] and B captions, [B] each: content, exact and judge_liked."""
 
@@ -124,17 +133,13 @@ class JudgeMeasures:
         return self._per_picture(images, prompts, things_right)
 
     def exact(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """1 where things and background are all right and nothing is added, else 0."""
-        return self._per_picture(
-            images,
-            prompts,
-            lambda scene, seen: float(things_right(scene, seen) == 1 and seen.background == scene.background),
-        )
+        """`all_right`, 0 or 1."""
+        return self._per_picture(images, prompts, all_right)
 
     def judge_liked(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Probability in [0, 1] that the look is a liked one."""
         return torch.tensor([seen.liked for seen in see(self.judge, images)])
 
-    def _per_picture(self, images: Tensor, prompts: Sequence[str], score) -> Tensor:  # noqa: ANN001
+    def _per_picture(self, images: Tensor, prompts: Sequence[str], score: Callable[[Scene, Seen], float]) -> Tensor:
         pairs = zip(prompts, see(self.judge, images), strict=True)
         return torch.tensor([score(parse(prompt), seen) for prompt, seen in pairs], dtype=torch.float32)

@@ -1,8 +1,8 @@
 """The look of a picture, measured from its pixels alone: no network, nothing that training can have seen.
 
-Three raw quantities, each a median or mean over the picture so that a thing's contour or place hardly moves them. Each is put on
-a scale on which 0 is the mean of pictures drawn in the disliked looks and 1 the mean of pictures drawn in the liked ones
-(`calibrate` measures those means; the numbers below are its result and a test measures them again).
+Three raw quantities, each a median or mean over the picture so that a thing's contour or place hardly moves them. Each
+is put on a scale on which 0 is the mean of pictures drawn in the disliked looks and 1 the mean of pictures drawn in the
+liked ones (`calibrate` measures those means; the numbers below are its result and a test measures them again).
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def raw_look(images: Tensor) -> dict[str, Tensor]:
 
 
 def look(images: Tensor) -> dict[str, Tensor]:
-    """images [B, 3, H, W] in [0, 1] -> each quantity on its scale (0 disliked, 1 liked; cut to [-0.5, 1.5]) and `look`, their mean."""
+    """images [B, 3, H, W] in [0, 1] -> `look`, the mean of the quantities, and each of them on its scale, [B] each.
+
+    0 is disliked and 1 liked; a quantity is cut to [-0.5, 1.5].
+    """
     scaled = {
         name: ((value - SCALE[name][0]) / (SCALE[name][1] - SCALE[name][0])).clamp(-0.5, 1.5)
         for name, value in raw_look(images).items()

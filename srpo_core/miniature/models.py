@@ -1,6 +1,7 @@
-"""The miniature's small models: a FLUX transformer, a TAESD-layout autoencoder, a CLIP that is text encoder and reward, a judge.
+"""The miniature's small models: a FLUX transformer, a TAESD-layout autoencoder, a CLIP and a judge.
 
-Weights ship in the folder `weights` beside this file (bfloat16 safetensors, made by scripts/build_miniature.py).
+The CLIP is text encoder and reward. Weights ship in the folder `weights` beside this file (bfloat16 safetensors, made
+by scripts/build_miniature.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from srpo_core.config import ConfigError, ModelConfig, RewardConfig
-from srpo_core.interfaces import Components, PromptBatch
+from srpo_core.interfaces import Components, Measure, PromptBatch
 from srpo_core.models.flux import DTYPES, FluxFlow, ImageAutoencoder, load_module
 from srpo_core.rewards.clip import ClipReward
 
@@ -29,6 +30,8 @@ SIZE = 128
 WIDTH = 192
 """Width of the text states and of CLIP's features."""
 MEAN = STD = (0.5, 0.5, 0.5)
+SHIPPED = "miniature weights"
+"""What messages call the weights that no setting names."""
 
 
 def new_transformer() -> FluxTransformer2DModel:
@@ -40,7 +43,7 @@ def new_transformer() -> FluxTransformer2DModel:
 
 
 def new_autoencoder() -> AutoencoderTiny:
-    """The TAESD layout with 16 latent channels, random weights; its latents are the flow model's own (scale 1, shift 0)."""
+    """The TAESD layout with 16 latent channels, random weights; latents are the flow model's own (scale 1, shift 0)."""
     return AutoencoderTiny(latent_channels=16)
 
 
@@ -82,7 +85,7 @@ class MiniatureTextEncoder:
 
 def load_clip(device: torch.device | str = "cpu", folder: Path = WEIGHTS) -> CLIPModel:
     """The shipped CLIP in float32."""
-    return load_module(CLIPModel, folder / "clip", "miniature weights", use_safetensors=True).float().to(device)
+    return load_module(CLIPModel, folder / "clip", SHIPPED, use_safetensors=True).float().to(device)
 
 
 def load_judge(device: torch.device | str = "cpu", folder: Path = WEIGHTS) -> Judge:
@@ -92,7 +95,7 @@ def load_judge(device: torch.device | str = "cpu", folder: Path = WEIGHTS) -> Ju
     try:
         judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     except Exception as error:  # safetensors raises its own kinds for a broken file
-        raise ConfigError(f"miniature weights: {path} can't be loaded: {error}") from error
+        raise ConfigError(f"{SHIPPED}: {path} can't be loaded: {error}") from error
     return judge.to(device).requires_grad_(False).eval()
 
 
@@ -103,22 +106,27 @@ def load_reward(config: RewardConfig, device: torch.device | str) -> ClipReward:
 
 
 def load(config: ModelConfig, device: torch.device | str) -> Components:
-    """The miniature's parts; `model.path` may name another folder of the same layout, `model.transformer` a trained transformer."""
+    """The miniature's parts.
+
+    `model.path` may name another folder of the same layout, `model.transformer` a trained transformer.
+    """
     folder = WEIGHTS if config.path is None else Path(config.path)
+    setting = "model.transformer" if config.transformer else SHIPPED
     transformer = load_module(
-        FluxTransformer2DModel, config.transformer or folder, "model.transformer" if config.transformer else "miniature weights",
-        "transformer", use_safetensors=True,
-    ).float().to(device)  # fmt: skip
-    vae = load_module(
-        AutoencoderTiny, config.autoencoder or folder / "vae", "model.autoencoder" if config.autoencoder else "miniature weights",
+        FluxTransformer2DModel,
+        config.transformer or folder / "transformer",
+        setting,
+        "transformer",
         use_safetensors=True,
-    ).float().to(device)  # fmt: skip
+    )
+    setting = "model.autoencoder" if config.autoencoder else SHIPPED
+    vae = load_module(AutoencoderTiny, config.autoencoder or folder / "vae", setting, use_safetensors=True)
     if config.recompute:
         transformer.enable_gradient_checkpointing()
     judge = JudgeMeasures(load_judge(device, folder))
     return Components(
-        FluxFlow(transformer, dtype=DTYPES[config.dtype]),
-        ImageAutoencoder(vae, config.recompute),
+        FluxFlow(transformer.float().to(device), dtype=DTYPES[config.dtype]),
+        ImageAutoencoder(vae.float().to(device), config.recompute),
         MiniatureTextEncoder(load_clip(device, folder)),
         measures={
             **{name: _look_measure(name) for name in ("look", "texture", "light", "natural_colour")},
@@ -131,5 +139,5 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
     )  # fmt: skip
 
 
-def _look_measure(name: str):  # noqa: ANN202
+def _look_measure(name: str) -> Measure:
     return lambda images, prompts: look(images)[name]

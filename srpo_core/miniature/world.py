@@ -1,20 +1,21 @@
-"""The small world's pictures: scenes drawn from captions in any look, in plain tensor arithmetic, so that the truth is known.
+"""The small world's pictures: scenes drawn from captions in any look, by plain tensor arithmetic: the truth is known.
 
-A look is a few numbers between two poles. On one side pictures have texture, light, shadow and natural colours; on the other
-they are flat, outlined, smeared and over-saturated. Every look word has its own range of these numbers.
+A look is a few numbers between two poles. On one side pictures have texture, light, shadow and natural colours; on the
+other they are flat, outlined, smeared and over-saturated. Every look word has its own range of these numbers.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .captions import BACKGROUNDS, COLOURS, LIKED, LOOK_WORDS, SHAPES, Scene
+from .shapes import signed_distance
 
 MAX_THINGS = 3
 _RGB = torch.tensor(
@@ -25,34 +26,27 @@ _RGB = torch.tensor(
 )  # fmt: skip
 _SKY = torch.tensor(
     [
-        (0.62, 0.80, 0.92),
-        (0.93, 0.82, 0.66),
-        (0.66, 0.77, 0.88),
-        (0.07, 0.08, 0.20),
-        (0.46, 0.68, 0.92),
-        (0.62, 0.50, 0.44),
+        (0.62, 0.80, 0.92), (0.93, 0.82, 0.66), (0.66, 0.77, 0.88),
+        (0.07, 0.08, 0.20), (0.46, 0.68, 0.92), (0.62, 0.50, 0.44),
     ]
-)
+)  # fmt: skip
 _GROUND = torch.tensor(
     [
-        (0.42, 0.62, 0.30),
-        (0.80, 0.64, 0.40),
-        (0.88, 0.91, 0.95),
-        (0.14, 0.15, 0.26),
-        (0.70, 0.85, 0.95),
-        (0.44, 0.37, 0.33),
+        (0.42, 0.62, 0.30), (0.80, 0.64, 0.40), (0.88, 0.91, 0.95),
+        (0.14, 0.15, 0.26), (0.70, 0.85, 0.95), (0.44, 0.37, 0.33),
     ]
-)
+)  # fmt: skip
 # wavelength (pixels of 128) and direction (x, y) of each background's grain
 _GRAIN = torch.tensor(
     [(6.0, 1.0, 0.25), (8.0, 0.2, 1.0), (7.0, 0.7, 0.7), (7.0, 0.5, 0.8), (10.0, 0.4, 0.9), (8.0, 0.0, 1.0)]
 )
+_CLOUDS = tuple(BACKGROUNDS).index("clouds")
 _LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True)
 class Look:
-    """How pictures are drawn; each field is a number or a tensor [B] in [0, 1] (saturation: 1 is the colour as named)."""
+    """How pictures are drawn: numbers or tensors [B] in [0, 1], of saturation about 1 (the colour as named)."""
 
     texture: Tensor | float
     """grain and speckle on things and ground"""
@@ -93,7 +87,10 @@ def random_look_word(rng: random.Random, liked_share: float) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the things of B scenes are: tensors [B, MAX_THINGS] (background [B]). Positions and sizes are parts of the picture."""
+    """Where the things of B scenes are: tensors [B, MAX_THINGS] (background [B]).
+
+    Positions and sizes are parts of the picture.
+    """
 
     shape: Tensor
     colour: Tensor
@@ -127,66 +124,14 @@ def random_layout(scenes: Sequence[Scene], rng: random.Random) -> Layout:
         centres = [_CENTRES[t.place] for t in scene.things] if scene.things[0].place else _COUNTED[len(scene.things)]
         for thing, (x, y) in zip(scene.things, centres, strict=True):
             size = rng.uniform(0.145, 0.19) * (1.2 if len(scene.things) == 1 else 1.0)
-            jitter_x, jitter_y = rng.uniform(-0.04, 0.04), rng.uniform(-0.04, 0.04)
-            rows.append(
-                (
-                    shapes.index(thing.shape),
-                    colours.index(thing.colour),
-                    1,
-                    x + jitter_x,
-                    y + jitter_y,
-                    size,
-                    rng.uniform(-0.25, 0.25),
-                )
-            )
+            x, y = x + rng.uniform(-0.04, 0.04), y + rng.uniform(-0.04, 0.04)
+            kind = (shapes.index(thing.shape), colours.index(thing.colour), 1)
+            rows.append((*kind, x, y, size, rng.uniform(-0.25, 0.25)))
         rows += [(0, 0, 0, 0.5, 0.5, 0.1, 0.0)] * (MAX_THINGS - len(scene.things))
     table = torch.tensor(rows, dtype=torch.float32).view(len(scenes), MAX_THINGS, 7)
     shape, colour, present = (table[..., i].long() for i in range(3))
     background = torch.tensor([backgrounds.index(scene.background) for scene in scenes])
     return Layout(shape, colour, present, *(table[..., i] for i in range(3, 7)), background)
-
-
-def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    return torch.maximum(x.abs() * 0.9 - (y + 0.95) * 0.47, y - 0.8)
-
-
-def _star(x: Tensor, y: Tensor) -> Tensor:
-    turn = torch.atan2(x, -y) * (5 / (2 * torch.pi))
-    tip = (turn - turn.round()).abs() * 2
-    return torch.hypot(x, y) - (1.12 - 0.68 * tip)
-
-
-def _heart(x: Tensor, y: Tensor) -> Tensor:
-    lobes = torch.hypot(x.abs() - 0.46, y + 0.35) - 0.54
-    point = torch.maximum(x.abs() * 0.78 + (y - 0.95) * 0.64, -y - 0.2)
-    return torch.minimum(lobes, point)
-
-
-def _cross(x: Tensor, y: Tensor) -> Tensor:
-    across = torch.maximum(x.abs() - 1, y.abs() - 0.34)
-    return torch.minimum(across, torch.maximum(x.abs() - 0.34, y.abs() - 1))
-
-
-# signed distance (about; negative inside) of each shape in units of the thing's size, y downward
-_DISTANCES = (
-    lambda x, y: torch.hypot(x, y) - 0.95,
-    lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.82,
-    _triangle,
-    _star,
-    _heart,
-    lambda x, y: (torch.hypot(x, y) - 0.7).abs() - 0.27,
-    _cross,
-    lambda x, y: torch.maximum(torch.hypot(x, y) - 1.0, 0.78 - torch.hypot(x - 0.5, y + 0.1)),
-)
-
-
-def _distance(shape: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """x, y [N, H, W] and a shape [N] each -> signed distance [N, H, W]."""
-    out = torch.empty_like(x)
-    for index, distance in enumerate(_DISTANCES):
-        rows = shape == index
-        out[rows] = distance(x[rows], y[rows])
-    return out
 
 
 def _noise(batch: int, cells: int, size: int, generator: torch.Generator) -> Tensor:
@@ -203,105 +148,135 @@ def _tint(colour: Tensor, amount: Tensor) -> Tensor:
     return colour[:, :, None, None] * amount[:, None]
 
 
+@dataclass(frozen=True)
+class _Canvas:
+    """What every part of B pictures is drawn with."""
+
+    x: Tensor
+    """[B, size, size], positions of the pixels as parts of the picture"""
+    y: Tensor
+    soft: Tensor
+    """[B, size, size] of noise, smoothest first"""
+    coarse: Tensor
+    fine: Tensor
+    look: Look
+    """every field [B, 1, 1]"""
+    sun: tuple[Tensor, Tensor]
+    """(x, y), [B, 1, 1] each: where the light comes from, in picture coordinates"""
+    size: int
+    generator: torch.Generator
+
+    def rand(self) -> Tensor:
+        """[B, 1, 1], even in [0, 1)."""
+        return torch.rand(len(self.x), 1, 1, generator=self.generator, device=self.x.device)
+
+
 def render(layout: Layout, look: Look, generator: torch.Generator, size: int = 128) -> Tensor:
     """Draw B scenes -> [B, 3, size, size] in [0, 1], on the generator's device. Same generator state, same pictures."""
     device = generator.device
     layout = layout.to(device)
-    texture, light, saturation, outline, brush = (
-        _column(getattr(look, f.name), layout.background) for f in fields(Look)
-    )
+    look = Look(*(_column(getattr(look, f.name), layout.background) for f in fields(Look)))
     batch = len(layout.background)
     axis = (torch.arange(size, device=device) + 0.5) / size
     y, x = (grid.expand(batch, size, size) for grid in torch.meshgrid(axis, axis, indexing="ij"))
     soft, coarse, fine = (_noise(batch, cells, size, generator) for cells in (3, 8, 20))
     warp_x, warp_y = _noise(batch, 6, size, generator), _noise(batch, 6, size, generator)
     toward = torch.rand(batch, 1, 1, generator=generator, device=device) * 2.2 - 1.1
-    sun = (toward.sin(), -toward.cos())  # where the light comes from, in picture coordinates
+    sun = (toward.sin(), -toward.cos())
+    canvas = _Canvas(x, y, soft, coarse, fine, look, sun, size, generator)
 
-    picture = _background(layout.background, x, y, soft, coarse, fine, texture, light, sun, size, generator)
+    picture = _background(canvas, layout.background)
     smear = torch.sin((x * 3 + y * 5 + 0.5 * soft) * 2 * torch.pi + 2 * warp_x)
-    picture = picture * (1 + 0.10 * brush * smear)[:, None]
-    wobble_x, wobble_y = x + 0.018 * brush * warp_x, y + 0.018 * brush * warp_y
+    picture = picture * (1 + 0.10 * look.brush * smear)[:, None]
+    wobbly = replace(canvas, x=x + 0.018 * look.brush * warp_x, y=y + 0.018 * look.brush * warp_y)
     for slot in range(MAX_THINGS):
-        picture = _draw_thing(
-            picture,
-            layout,
-            slot,
-            wobble_x,
-            wobble_y,
-            coarse,
-            fine,
-            texture,
-            light,
-            outline,
-            brush,
-            sun,
-            size,
-            generator,
-        )
-    picture = (
-        picture * (1 - light * 0.22 * ((x - 0.5 - 0.3 * sun[0]) ** 2 + (y - 0.5 - 0.3 * sun[1]) ** 2) * 2)[:, None]
-    )
+        picture = _draw_thing(picture, wobbly, layout, slot)
+    from_sun = (x - 0.5 - 0.3 * sun[0]) ** 2 + (y - 0.5 - 0.3 * sun[1]) ** 2
+    picture = picture * (1 - look.light * 0.22 * from_sun * 2)[:, None]
     luma = (picture * _LUMA.to(device).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    return (luma + saturation[:, None] * (picture - luma)).clamp(0, 1)
+    return (luma + look.saturation[:, None] * (picture - luma)).clamp(0, 1)
 
 
-def _background(index, x, y, soft, coarse, fine, texture, light, sun, size, generator) -> Tensor:  # noqa: ANN001
-    device, batch = x.device, len(index)
-    horizon = 0.5 + 0.12 * torch.rand(batch, 1, 1, generator=generator, device=device)
-    ground = torch.sigmoid((y - horizon) * torch.where(index == 4, 6.0, size).view(-1, 1, 1))  # clouds have no horizon
+def _background(canvas: _Canvas, index: Tensor) -> Tensor:
+    """Sky and ground [B, 3, H, W] of backgrounds [B]."""
+    device, x, y, look = canvas.x.device, canvas.x, canvas.y, canvas.look
+    horizon = 0.5 + 0.12 * canvas.rand()
+    sharpness = torch.where(index == _CLOUDS, 6.0, canvas.size)  # clouds have no horizon
+    ground = torch.sigmoid((y - horizon) * sharpness.view(-1, 1, 1))
     wavelength, along_x, along_y = _GRAIN.to(device)[index].T.view(3, -1, 1, 1)
-    phase = torch.rand(batch, 1, 1, generator=generator, device=device)
-    grain = torch.sin((x * along_x + y * along_y) * (128 / wavelength) * 2 * torch.pi + 1.5 * coarse + 6.28 * phase)
-    rough = 0.07 * grain * (0.35 + 0.65 * ground) + 0.035 * fine + 0.035 * coarse
-    amount = (
-        1
-        + texture * rough
-        + light * (0.10 * soft * (1 - ground) + 0.28 * (y - horizon) * ground - 0.18 * (x - 0.5) * sun[0].neg())
-    )
+    phase = canvas.rand()
+    waves = (x * along_x + y * along_y) * (128 / wavelength)
+    grain = torch.sin(waves * 2 * torch.pi + 1.5 * canvas.coarse + 6.28 * phase)
+    rough = 0.07 * grain * (0.35 + 0.65 * ground) + 0.035 * canvas.fine + 0.035 * canvas.coarse
+    shade = 0.10 * canvas.soft * (1 - ground) + 0.28 * (y - horizon) * ground - 0.18 * (x - 0.5) * canvas.sun[0].neg()
+    amount = 1 + look.texture * rough + look.light * shade
     sky, floor = _SKY.to(device)[index], _GROUND.to(device)[index]
     return _tint(sky, amount * (1 - ground)) + _tint(floor, amount * ground)
 
 
-def _draw_thing(
-    picture, layout, slot, x, y, coarse, fine, texture, light, outline, brush, sun, size, generator
-) -> Tensor:  # noqa: ANN001
-    column = lambda name: getattr(layout, name)[:, slot].view(-1, 1, 1)  # noqa: E731
-    present, scale, tilt, shape = column("present").float(), column("size"), column("tilt"), layout.shape[:, slot]
-    colour = _RGB.to(x.device)[layout.colour[:, slot]]
+@dataclass(frozen=True)
+class _Placed:
+    """One thing of each of B scenes: shape [B], the rest [B, 1, 1]."""
 
-    def local(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = (x - column("x")) / scale, (y - column("y")) / scale
-        return x * tilt.cos() + y * tilt.sin(), y * tilt.cos() - x * tilt.sin()
+    shape: Tensor
+    present: Tensor
+    x: Tensor
+    y: Tensor
+    size: Tensor
+    tilt: Tensor
 
-    shade = _distance(shape, *local(x + 0.045 * sun[0], y + 0.045 * sun[1]))
-    picture = picture * (1 - present * 0.5 * light * torch.sigmoid(-shade * 9))[:, None]
+    def local(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in the picture -> positions from the thing's centre, along its own axes, in units of its size."""
+        x, y = (x - self.x) / self.size, (y - self.y) / self.size
+        return x * self.tilt.cos() + y * self.tilt.sin(), y * self.tilt.cos() - x * self.tilt.sin()
 
-    u, v = local(x, y)
-    distance = _distance(shape, u, v)
-    inside = torch.sigmoid(-distance * scale * size * 1.6) * present
-    depth = (-distance / 0.55).clamp(0.02, 1)
-    height = (1 - (1 - depth) ** 2).sqrt() * 0.55 * scale * size
-    slope_y, slope_x = torch.gradient(height, dim=(1, 2))
-    length = (slope_x**2 + slope_y**2 + 1).sqrt()
-    facing = (-slope_x * sun[0] - slope_y * sun[1] + 0.9) / length / 1.35
-    diffuse = facing.clamp(min=0)
-    spark = diffuse.clamp(max=1) ** 14
+    def distance(self, u: Tensor, v: Tensor) -> Tensor:
+        """Signed distance [B, H, W] from its contour, of `local` positions."""
+        return signed_distance(tuple(SHAPES), self.shape, u, v)
 
-    turn = torch.rand(len(u), 1, 1, generator=generator, device=u.device) * torch.pi
-    waves = 5 + 3 * torch.rand(len(u), 1, 1, generator=generator, device=u.device)
-    grain = torch.sin((u * turn.cos() + v * turn.sin()) * waves * torch.pi + 1.2 * coarse)
-    amount = (
-        1
-        + texture * (0.16 * grain + 0.05 * fine)
-        + light * (0.75 * diffuse - 0.5)
-        + 0.10 * brush * torch.sin(u * 3 + v * 4 + coarse)
-    )
-    thing = (
-        _tint(colour, amount)
-        + (light * 0.35 * spark)[:, None]
-        + (brush * 0.18 * torch.sigmoid(8 * (-u - v - 0.55)))[:, None]
-    )
-    contour = outline * torch.exp(-((distance * scale * size / 1.6) ** 2)) * present
+
+def _draw_thing(picture: Tensor, canvas: _Canvas, layout: Layout, slot: int) -> Tensor:
+    """The pictures with each scene's thing number `slot` (where there is one), its shadow and its contour."""
+    look, size = canvas.look, canvas.size
+    columns = {name: getattr(layout, name)[:, slot].view(-1, 1, 1) for name in ("x", "y", "size", "tilt")}
+    present = layout.present[:, slot].view(-1, 1, 1).float()
+    placed = _Placed(layout.shape[:, slot], present, **columns)
+
+    shade = placed.distance(*placed.local(canvas.x + 0.045 * canvas.sun[0], canvas.y + 0.045 * canvas.sun[1]))
+    picture = picture * (1 - present * 0.5 * look.light * torch.sigmoid(-shade * 9))[:, None]
+
+    u, v = placed.local(canvas.x, canvas.y)
+    distance = placed.distance(u, v)
+    inside = torch.sigmoid(-distance * placed.size * size * 1.6) * present
+    thing = _surface(canvas, _RGB.to(u.device)[layout.colour[:, slot]], u, v, _lit(canvas, distance, placed.size))
+    contour = look.outline * torch.exp(-((distance * placed.size * size / 1.6) ** 2)) * present
     picture = picture * (1 - inside)[:, None] + thing * inside[:, None]
     return picture * (1 - 0.85 * contour)[:, None]
+
+
+def _lit(canvas: _Canvas, distance: Tensor, scale: Tensor) -> Tensor:
+    """How much light [B, H, W] falls on a thing that bulges inside its contour; 0 on the far side."""
+    depth = (-distance / 0.55).clamp(0.02, 1)
+    height = (1 - (1 - depth) ** 2).sqrt() * 0.55 * scale * canvas.size
+    slope_y, slope_x = torch.gradient(height, dim=(1, 2))
+    length = (slope_x**2 + slope_y**2 + 1).sqrt()
+    facing = (-slope_x * canvas.sun[0] - slope_y * canvas.sun[1] + 0.9) / length / 1.35
+    return facing.clamp(min=0)
+
+
+def _surface(canvas: _Canvas, colour: Tensor, u: Tensor, v: Tensor, lit: Tensor) -> Tensor:
+    """A thing's paint [B, 3, H, W]: colour [B, 3] with grain, light, a highlight and strokes of the brush."""
+    look = canvas.look
+    spark = lit.clamp(max=1) ** 14
+    turn = canvas.rand() * torch.pi
+    waves = 5 + 3 * canvas.rand()
+    grain = torch.sin((u * turn.cos() + v * turn.sin()) * waves * torch.pi + 1.2 * canvas.coarse)
+    strokes = torch.sin(u * 3 + v * 4 + canvas.coarse)
+    amount = (
+        1
+        + look.texture * (0.16 * grain + 0.05 * canvas.fine)
+        + look.light * (0.75 * lit - 0.5)
+        + 0.10 * look.brush * strokes
+    )
+    edge = torch.sigmoid(8 * (-u - v - 0.55))
+    return _tint(colour, amount) + (look.light * 0.35 * spark)[:, None] + (look.brush * 0.18 * edge)[:, None]

@@ -126,8 +126,9 @@ class ImageAutoencoder:
     def _dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
 
+    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> [B, C, h, w]; the mode of the posterior where the autoencoder has one."""
+        """[B, 3, H, W] in [0, 1] -> [B, C, h, w], without gradient; the mode of the posterior if there is one."""
         out = self.module.encode((images * 2 - 1).to(self._dtype()))
         latents = out.latents if hasattr(out, "latents") else out.latent_dist.mode()
         return (latents.float() - self.shift) * self.scale

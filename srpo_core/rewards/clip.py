@@ -19,7 +19,10 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def features(output: Any) -> Tensor:
-    """Unit features [N, D] of what `get_image_features` or `get_text_features` returns (transformers 5 wraps the tensor)."""
+    """Unit features [N, D] of what `get_image_features` or `get_text_features` returns.
+
+    That is the tensor itself, or since transformers 5 an output that holds it.
+    """
     return F.normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
 
 

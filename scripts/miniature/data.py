@@ -1,12 +1,14 @@
-"""Pictures and captions of the small world in bulk, for build_miniature.py: drawn by worker processes, rendered on the device."""
+"""Pictures and captions of the small world in bulk: drawn by worker processes, rendered on the device."""
 
 from __future__ import annotations
 
 import multiprocessing
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from srpo_core.miniature.captions import (
     LOOK_WORDS,
     SHAPES,
     Scene,
+    Thing,
     is_held_out,
     random_scene,
     tokenize,
@@ -74,14 +77,16 @@ def _neighbour(scene: Scene, rng: random.Random) -> Scene:
             return other
 
 
-def _kind(thing) -> tuple[str, str]:  # noqa: ANN001
+def _kind(thing: Thing) -> tuple[str, str]:
     return thing.shape, thing.colour
 
 
 def _draw(job: tuple[str, int, int]) -> Drawn:
-    """`count` pictures. `captions`: half with a look word, half plain and mostly disliked in look, as a base model's data.
+    """`count` pictures.
 
-    `contrast`: each scene and a neighbour of it in four different looks, a quarter of the captions plain. `looks`: every look alike.
+    `captions`: half with a look word, half plain and mostly disliked in look, as a base model's data.
+    `contrast`: each scene and a neighbour of it in four different looks, a quarter of the captions plain.
+    `looks`: every look alike.
     """
     kind, seed, count = job
     rng = random.Random(f"{kind} {seed}")
@@ -121,11 +126,17 @@ def pack(scenes: Sequence[Scene], words: Sequence[str], plain: Sequence[bool], r
 
 
 def draw(kind: str, seed: int, count: int, batches: int, workers: int) -> Iterator[Drawn]:
-    """`batches` batches of `count` scenes, the same ones in the same order whatever the number of workers."""
+    """`batches` batches of `count` scenes, the same ones in the same order whatever the number of workers.
+
+    Closing it early drops what no worker has begun and ends the workers.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pending = [pool.submit(_draw, (kind, seed * 1_000_003 + i, count)) for i in range(min(batches, 4 * workers))]
-        for i in range(batches):
-            yield pending.pop(0).result()
-            if i + 4 * workers < batches:
-                pending.append(pool.submit(_draw, (kind, seed * 1_000_003 + i + 4 * workers, count)))
+    jobs = ((kind, seed * 1_000_003 + i, count) for i in range(batches))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        pending = deque(pool.submit(_draw, job) for job in islice(jobs, 4 * workers))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(pool.submit(_draw, job) for job in islice(jobs, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,88 @@
+"""What ComfyUI's own loaders make of our files: a program that imports ComfyUI and nothing of ours.
+
+    python in_comfyui.py CHECKOUT FOLDER
+
+FOLDER/job.json names the files ("transformer" and perhaps "lora", or "vae"), FOLDER/inputs.safetensors holds the
+tensors that both sides get. Written there: outputs.safetensors, and report.json with what ComfyUI logged on the way
+(level and message).
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+logged = []
+
+
+class Collector(logging.Handler):
+    """Keeps what is logged."""
+
+    def emit(self, record):
+        logged.append([record.levelno, record.getMessage()])
+
+
+def velocity(job, inputs):
+    """latents [B, C, h, w], sigma [B], guidance, embeddings -> velocity, as ComfyUI's sampler asks for it."""
+    import comfy.model_management
+    import comfy.sd
+    import comfy.utils
+
+    patcher = comfy.sd.load_diffusion_model(job["transformer"], model_options={"dtype": torch.float32})
+    patches = 0
+    if "lora" in job:
+        lora, metadata = comfy.utils.load_torch_file(job["lora"], safe_load=True, return_metadata=True)
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0, lora_metadata=metadata)
+        patches = sum(len(changes) for changes in patcher.patches.values())
+    comfy.model_management.load_models_gpu([patcher])
+    latents, sigma = inputs["latents"], inputs["sigma"]
+    conditions = patcher.model.extra_conds(
+        noise=latents, device=latents.device, guidance=float(inputs["guidance"]),
+        cross_attn=inputs["prompt_embeds"], pooled_output=inputs["pooled_prompt_embeds"],
+    )  # fmt: skip
+    values = {name: value.process_cond(batch_size=len(latents)).cond for name, value in conditions.items()}
+    denoised = patcher.model.apply_model(latents, sigma, **values)
+    latent_format = type(patcher.model.latent_format).__name__
+    outputs = {"velocity": (latents - denoised) / sigma.view(-1, 1, 1, 1)}
+    return outputs, {"patches": patches, "latent_format": latent_format}
+
+
+def pictures(job, inputs):
+    """latents of our models [B, C, h, w] and images [B, 3, H, W] in [0, 1] -> decoded and encoded, shaped alike."""
+    import comfy.latent_formats
+    import comfy.sd
+    import comfy.utils
+
+    weights, metadata = comfy.utils.load_torch_file(job["vae"], return_metadata=True)
+    vae = comfy.sd.VAE(sd=weights, metadata=metadata)
+    vae.throw_exception_if_invalid()
+    flux = comfy.latent_formats.Flux()
+    decoded = vae.decode(flux.process_out(inputs["latents"])).movedim(-1, 1)
+    encoded = flux.process_in(vae.encode(inputs["images"].movedim(1, -1)))
+    return {"decoded": decoded, "encoded": encoded}, {"dtype": str(vae.vae_dtype), "channels": vae.latent_channels}
+
+
+def main():
+    checkout, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    sys.path.insert(0, checkout)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True  # before ComfyUI looks for devices
+    import comfy.sd  # what it says of the machine is said before what it says of our files
+
+    logging.getLogger().addHandler(Collector())
+    logging.getLogger().setLevel(logging.DEBUG)
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    inputs = load_file(folder / "inputs.safetensors")
+    with torch.inference_mode():
+        outputs, found = (pictures if "vae" in job else velocity)(job, inputs)
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, folder / "outputs.safetensors")
+    (folder / "report.json").write_text(json.dumps({**found, "logged": logged}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
