@@ -28,10 +28,10 @@ PURPOSE = {
     "rich": "progress bars and tables",
     "matplotlib": "figures",
     "tensorboard": "curves while training (output.tensorboard)",
-    "open_clip_torch": "the HPS v2.1 reward",
-    "hpsv2": "the HPS v2 authors' own scorer, for comparison",
-    "flash-attn": "faster attention on recent NVIDIA GPUs",
-    "comfy-cli": "installing and running ComfyUI",
+    "open_clip_torch": "rewards in open_clip's format (none is built in yet)",
+    "hpsv2": "the HPS v2 authors' own scorer, for comparison (not used yet)",
+    "flash-attn": "faster attention on recent NVIDIA GPUs (not used yet)",
+    "comfy-cli": "installing ComfyUI (the nodes are still to come)",
 }
 GET = {"flash-attn": "pip install flash-attn --no-build-isolation"}
 IMPORTED = ("torch", "torchvision", "diffusers", "transformers", "peft")
