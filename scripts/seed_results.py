@@ -67,7 +67,7 @@ def _run(folder: Path) -> dict[str, Any]:
         name: {when: round(sum(evaluation[when][name]) / len(values), 4) for when in ("before", "after")}
         for name, values in evaluation["before"].items()
     }
-    seconds = sum(line["seconds"]["total"] for line in read_metrics(folder))
+    seconds = sum(line["seconds"].get("total", 0.0) for line in read_metrics(folder))  # a killed step has no total
     return {
         "seed": record["seed"],
         "training seconds": round(seconds, 1),

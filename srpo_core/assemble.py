@@ -16,7 +16,8 @@ from srpo_core.photos import find_photos
 from srpo_core.preference import ControlWords
 from srpo_core.prompts import PromptSequence, encode, prompt_sequence, read_prompts, without_held_out
 from srpo_core.randomness import generator_for
-from srpo_core.rewards import load_reward
+from srpo_core.registry import resolve
+from srpo_core.rewards import REWARDS, load_reward
 from srpo_core.trainer import PROBE_PROMPTS, RunPrompts, Trainer
 
 
@@ -39,13 +40,14 @@ def assemble(config: RunConfig) -> Trainer:
 
 
 def _check_files(config: RunConfig) -> None:
-    """Read the user's prompts and captions once before models are loaded, which can take minutes."""
+    """Read the user's prompts and captions, find the reward, before models are loaded, which can take minutes."""
     for setting in ("prompts", "eval_prompts"):
         value = getattr(config.data, setting)
         if value != "builtin":
             read_prompts(value, f"data.{setting}")
     if config.data.photos is not None:
         find_photos(config.data.photos)
+    resolve(REWARDS, "reward", config.reward.name)
 
 
 def _check_size(config: RunConfig, flow: TrainableFlow) -> None:

@@ -6,18 +6,34 @@ import shlex
 import sys
 import textwrap
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from srpo_core.config import ConfigError, RunConfig, describe_fields, load_run, preset_names
 
 
+def run_folder(source: str) -> Path | None:
+    """The run folder that a SOURCE argument names; None for a preset or a file."""
+    return Path(source) if source not in preset_names() and Path(source).is_dir() else None
+
+
 def run_source(source: str) -> str:
     """What load_run reads for a SOURCE argument: a run's folder stands for its run.json."""
-    if source in preset_names() or not Path(source).is_dir():
+    folder = run_folder(source)
+    if folder is None:
         return source
-    if not (Path(source) / "run.json").is_file():
+    if not (folder / "run.json").is_file():
         raise ConfigError(f"{source} is no run folder: it holds no run.json")
-    return str(Path(source) / "run.json")
+    return str(folder / "run.json")
+
+
+def train_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that `train SOURCE` means: a run's folder is also its output.dir, wherever it was moved or copied to."""
+    config, folder = load_run(run_source(source), overrides), run_folder(source)
+    moved = folder is not None and Path(config.output.dir).resolve() != folder.resolve()
+    if moved and not any(override.startswith("output.dir=") for override in overrides):
+        config.output.dir = str(folder)
+    return config
 
 
 def command_line(*words: str | Path) -> str:
@@ -29,7 +45,7 @@ def command_line(*words: str | Path) -> str:
 
 def train(args: Namespace) -> int:
     """Train, write the report, say where everything is."""
-    config = load_run(run_source(args.source), args.overrides)
+    config = train_config(args.source, args.overrides)
     from srpo_core.run_folder import check_start
 
     check_start(config, resume=args.resume)
@@ -39,7 +55,8 @@ def train(args: Namespace) -> int:
     outcome = assemble(config).train(resume=args.resume)
     run_dir = Path(outcome.run_dir)
     if not outcome.finished:
-        print(f"\nStopped after step {outcome.step} of {config.optim.steps}; the state is saved.")
+        state = "the state is saved" if outcome.step else "there is nothing to save yet"
+        print(f"\nStopped after step {outcome.step} of {config.optim.steps}; {state}.")
         print(f"Go on with:  {command_line('train', run_dir, '--resume')}")
         return STOPPED_EXIT_CODE
     _say_where(config, run_dir)
@@ -75,10 +92,9 @@ def _say_where(config: RunConfig, run_dir: Path) -> None:
 def sample(args: Namespace) -> int:
     """Draw pictures and say where they are."""
     config = load_run(run_source(args.source), args.overrides)
-    is_run = Path(args.source).is_dir() and args.source not in preset_names()
     from srpo_core import sampling
 
-    run_dir = Path(args.source) if is_run else None
+    run_dir = run_folder(args.source)
     checkpoint = sampling.chosen_checkpoint(run_dir, args.checkpoint)
     if args.prompt and args.prompts:
         raise ConfigError("give prompts by --prompt or by --prompts, not both")

@@ -275,14 +275,15 @@ def _read_description(source: str) -> dict[str, Any]:
     if path.suffix in {".yaml", ".yml", ".json"}:
         if not path.is_file():
             raise ConfigError(f"no such run description: {path}")
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     elif source in preset_names():
-        text = (resources.files("srpo_core") / "presets" / f"{source}.yaml").read_text(encoding="utf-8")
+        content = (resources.files("srpo_core") / "presets" / f"{source}.yaml").read_bytes()
     else:
         raise ConfigError(f"unknown preset {source!r}{nearest(source, preset_names())}")
     try:
+        text = content.decode("utf-8-sig")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
         raise ConfigError(f"{source} can't be read: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{source} holds no settings")

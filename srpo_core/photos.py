@@ -23,7 +23,9 @@ def find_photos(folder: str) -> list[tuple[Path, str]]:
     root = Path(folder)
     if not root.is_dir():
         raise ConfigError(f"data.photos={folder!r}: no such folder")
-    images = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES)
+    images = sorted(
+        path for path in root.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
     if not images:
         raise ConfigError(f"data.photos={folder!r} holds no images ({', '.join(sorted(SUFFIXES))})")
     captions = [_caption(path) for path in images]
@@ -50,7 +52,7 @@ def load_photo(path: Path, height: int, width: int) -> Tensor:
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise TrainingError(
             f"the photo {path} can't be read: {error}; repair it or take it out of the folder"
         ) from error

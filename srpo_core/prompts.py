@@ -35,7 +35,8 @@ def read_prompts(value: str, setting: str, builtin: Sequence[str] = ()) -> list[
 
 def without_held_out(prompts: Sequence[str], held_out: Sequence[str]) -> list[str]:
     """`prompts` less those that are held out. ConfigError if that leaves none."""
-    kept = [prompt for prompt in prompts if prompt not in set(held_out)]
+    without = set(held_out)
+    kept = [prompt for prompt in prompts if prompt not in without]
     if not kept:
         raise ConfigError("data.prompts: every prompt is also in data.eval_prompts, so none is left to train on")
     return kept

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from srpo_core.config import ConfigError, ModelConfig, RewardConfig, make_config
@@ -75,7 +76,10 @@ def find_pictures(paths: Sequence[Path], prompts_file: Path | None = None) -> li
 def _own_prompt(path: Path) -> str:
     beside = path.with_suffix(".txt")
     if beside.is_file():
-        prompt = " ".join(beside.read_text(encoding="utf-8-sig").split())
+        try:
+            prompt = " ".join(beside.read_text(encoding="utf-8-sig").split())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{beside} can't be read as UTF-8 text: {error}") from error
         if not prompt:
             raise ConfigError(f"{beside} is empty; it must hold the prompt of {path.name}")
         return prompt
@@ -83,7 +87,19 @@ def _own_prompt(path: Path) -> str:
         prompt = str(image.info.get("prompt", "")).strip()
     if not prompt:
         raise ConfigError(f"{path} has no prompt: write one to {beside.name} beside it, or give --prompts FILE")
+    if _is_graph(prompt):
+        raise ConfigError(
+            f"{path} holds a ComfyUI graph instead of a prompt: write the prompt to {beside.name} beside it, or give"
+            " --prompts FILE"
+        )
     return prompt
+
+
+def _is_graph(prompt: str) -> bool:
+    """Whether it is what ComfyUI writes to a PNG's "prompt": a JSON object of nodes."""
+    with contextlib.suppress(ValueError):
+        return isinstance(json.loads(prompt), dict)
+    return False
 
 
 def _opened(path: Path) -> Image.Image:
@@ -94,10 +110,10 @@ def _opened(path: Path) -> Image.Image:
 
 
 def load_image(path: Path) -> Tensor:
-    """A picture file as [3, H, W] in [0, 1]. ConfigError if it can't be read to its end."""
+    """A picture file as [3, H, W] in [0, 1], upright. ConfigError if it can't be read to its end."""
     with _opened(path) as image:
         try:
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise ConfigError(f"{path} is no readable picture: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
@@ -122,15 +138,17 @@ def score_pictures(
     return rows
 
 
-def _batches(pictures: Sequence[PromptedPicture], batch_size: int) -> list[list[tuple[PromptedPicture, Tensor]]]:
-    """Pictures with their images, in order, neighbours of one size together."""
-    batches: list[list[tuple[PromptedPicture, Tensor]]] = []
+def _batches(pictures: Sequence[PromptedPicture], batch_size: int) -> Iterator[list[tuple[PromptedPicture, Tensor]]]:
+    """Pictures with their images, in order, neighbours of one size together; read when it is their turn."""
+    batch: list[tuple[PromptedPicture, Tensor]] = []
     for picture in pictures:
         image = load_image(picture.path)
-        if not batches or len(batches[-1]) == batch_size or batches[-1][0][1].shape != image.shape:
-            batches.append([])
-        batches[-1].append((picture, image))
-    return batches
+        if batch and (len(batch) == batch_size or batch[0][1].shape != image.shape):
+            yield batch
+            batch = []
+        batch.append((picture, image))
+    if batch:
+        yield batch
 
 
 def _score_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -37,7 +38,8 @@ class StopSignals:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self._on_request()
+        with contextlib.suppress(RuntimeError):  # Python refuses to print in the middle of a print
+            self._on_request()
 
     def check(self) -> None:
         """Raise StopRequested if a signal came."""

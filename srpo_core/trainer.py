@@ -250,5 +250,6 @@ class Trainer:
         step = self.metrics.step
         if step > self.saved_step:
             self._save()
-        self.display.say(f"stopped after step {step}, which is saved in {self.run_dir}: --resume goes on from there")
+        saved = f"stopped after step {step}, which is saved in {self.run_dir}: --resume goes on from there"
+        self.display.say(saved if step else "stopped before the first step: --resume starts from the base model")
         return Outcome(step, False, self.run_dir)

@@ -236,3 +236,10 @@ def test_a_run_folder_stands_for_its_description(tmp_path):
     run = make_run(tmp_path / "run", evaluation=False, previews=False)
     assert commands.run_source(str(run)) == str(run / "run.json")
     assert commands.run_source("x.yaml") == "x.yaml"
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
+    run = make_run(tmp_path / "run", evaluation=False, previews=False)
+    moved = run.rename(tmp_path / "moved")
+    assert commands.train_config(str(moved)).output.dir == str(moved)
+    assert commands.train_config(str(moved), ["output.dir=other"]).output.dir == "other"

@@ -57,6 +57,8 @@ def test_an_empty_prompt_file_is_an_error(tmp_path):
 def test_files_are_checked_before_the_model_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match=r"data.prompts"):
         assemble(tiny_config(tmp_path, model__family="no:such", data__prompts="nowhere.txt"))
+    with pytest.raises(ConfigError, match=r"unknown reward 'clap'"):
+        assemble(tiny_config(tmp_path, model__family="no:such", reward__name="clap"))
 
 
 def test_prompts_that_are_all_held_out_are_an_error(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from miniature_pictures import drawn
 
+from srpo_core.config import ConfigError
 from srpo_core.miniature.captions import (
     DISLIKED,
     LIKED,
@@ -36,7 +37,7 @@ def test_captions_parse_back_to_their_scenes():
 
 @pytest.mark.parametrize("text", ["", "a red ball", "a red dog on the left in a meadow", "four red balls at night"])
 def test_other_texts_are_no_captions(text):
-    with pytest.raises(ValueError, match="no caption of the small world"):
+    with pytest.raises(ConfigError, match="no caption of the small world"):
         parse(text)
 
 

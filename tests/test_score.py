@@ -83,6 +83,13 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "1.txt").write_text(" \n")
     with pytest.raises(ConfigError, match=r"1\.txt is empty"):
         find_pictures([tmp_path])
+    (tmp_path / "1.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"1\.txt can't be read as UTF-8"):
+        find_pictures([tmp_path])
+    (tmp_path / "1.txt").unlink()
+    save_png(torch.rand(3, 16, 16), tmp_path / "1.png", {"prompt": '{"3": {"class_type": "KSampler"}}'})
+    with pytest.raises(ConfigError, match=r"1\.png holds a ComfyUI graph instead of a prompt"):
+        find_pictures([tmp_path])
     with pytest.raises(ConfigError, match="no such file"):
         find_pictures([tmp_path / "none"])
     (tmp_path / "sub").mkdir()

@@ -13,6 +13,8 @@ import itertools
 import random
 from dataclasses import dataclass
 
+from srpo_core.config import ConfigError
+
 SHAPES = {
     "ball": "balls", "box": "boxes", "cone": "cones", "star": "stars",
     "heart": "hearts", "ring": "rings", "cross": "crosses", "moon": "moons",
@@ -105,14 +107,14 @@ def split_look(prompt: str) -> tuple[str | None, str]:
 
 
 def parse(prompt: str) -> Scene:
-    """The scene that a prompt asks for. ValueError for a text outside the small world's language."""
+    """The scene that a prompt asks for. ConfigError for a text outside the small world's language."""
     text = split_look(prompt)[1].strip()
     for background, where in BACKGROUNDS.items():
         if text.endswith(" " + where):
             things = _parse_things(text[: -len(where) - 1].split(" "))
             if things is not None:
                 return Scene(things, background)
-    raise ValueError(f"{prompt!r} is no caption of the small world; one such is {random_scenes(1, 0)[0].caption()!r}")
+    raise ConfigError(f"{prompt!r} is no caption of the small world; one such is {random_scenes(1, 0)[0].caption()!r}")
 
 
 def _parse_noun(words: list[str], place: str | None) -> Thing | None:

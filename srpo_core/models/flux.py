@@ -190,11 +190,13 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
     vae = load_module(kind, autoencoder_path, "model.autoencoder", use_safetensors=True, torch_dtype=dtype).to(device)
     text_encoder = FluxTextEncoder(
         load_module(AutoTokenizer, config.path, "model.path", "tokenizer"),
-        load_module(CLIPTextModel, config.path, "model.path", "text_encoder", torch_dtype=dtype)
+        load_module(CLIPTextModel, config.path, "model.path", "text_encoder", use_safetensors=True, torch_dtype=dtype)
         .to(device)
         .requires_grad_(False),
         load_module(AutoTokenizer, config.path, "model.path", "tokenizer_2"),
-        load_module(T5EncoderModel, config.path, "model.path", "text_encoder_2", torch_dtype=dtype)
+        load_module(
+            T5EncoderModel, config.path, "model.path", "text_encoder_2", use_safetensors=True, torch_dtype=dtype
+        )
         .to(device)
         .requires_grad_(False),
         max_tokens=512,
