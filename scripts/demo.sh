@@ -8,5 +8,5 @@ bash scripts/setup.sh
 run=runs/miniature
 for setting in "$@"; do case $setting in output.dir=*) run=${setting#output.dir=} ;; esac; done
 .venv/bin/srpo train miniature "$@"
-.venv/bin/srpo export "$run"
-.venv/bin/srpo export "$run" --what transformer
+.venv/bin/srpo export "$run" --overwrite
+.venv/bin/srpo export "$run" --what transformer --overwrite

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -29,21 +30,23 @@ class Section(BaseModel):
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path as text; ~ is the user's home."""
 
 
 class ModelConfig(Section):
     family: str = Field(
         "flux", description="model family: a name in srpo_core.models.MODELS, or module:function for your own"
     )
-    path: str | None = Field(
+    path: PathText | None = Field(
         None,
         description="folder in diffusers format with transformer, vae, text encoders and tokenizers; the miniature"
         " family brings its own",
     )
-    transformer: str | None = Field(
+    transformer: PathText | None = Field(
         None, description="folder in diffusers format whose transformer replaces that of `path` (a trained one, say)"
     )
-    autoencoder: str | None = Field(
+    autoencoder: PathText | None = Field(
         None, description="folder in diffusers format whose autoencoder replaces that of `path`"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -59,15 +62,15 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    prompts: str = Field(
+    prompts: PathText = Field(
         "builtin", description="training prompts: a text file with one per line, or `builtin` for the family's own"
     )
-    photos: str | None = Field(
+    photos: PathText | None = Field(
         None,
         description="folder of images with captions (same name, .txt) to train on instead of rollouts of `prompts`;"
         " each is scaled until it just covers width x height and cropped around its centre",
     )
-    eval_prompts: str = Field(
+    eval_prompts: PathText = Field(
         "builtin",
         description="held-out prompts of previews and evaluation: a text file or `builtin`; left out of `prompts` where"
         " they occur there",
@@ -135,7 +138,7 @@ class RewardConfig(Section):
     name: str = Field(
         "clip", description="reward to train on: a name in srpo_core.rewards.REWARDS, or module:function for your own"
     )
-    path: str | None = Field(None, description="its weights, where it needs some: a file or a folder")
+    path: PathText | None = Field(None, description="its weights, where it needs some: a file or a folder")
     liked: list[str] = Field(
         ["Natural-lighting", "Detail", "Detailed", "Real"],
         min_length=1,
@@ -186,7 +189,7 @@ class ParallelConfig(Section):
 
 
 class OutputConfig(Section):
-    dir: str = Field(
+    dir: PathText = Field(
         "runs/srpo", description="folder of the run: run.json, metrics.jsonl, checkpoints, previews, exports"
     )
     checkpoint_every: int = Field(

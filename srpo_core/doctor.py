@@ -20,7 +20,7 @@ PURPOSE = {
     "transformers": "text encoders and CLIP rewards",
     "peft": "LoRA training",
     "safetensors": "weights, checkpoints, exports",
-    "huggingface_hub": "finding downloaded models",
+    "filelock": "one process at a time in a run's folder",
     "pydantic": "settings",
     "pyyaml": "presets",
     "numpy": "statistics",

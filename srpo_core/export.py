@@ -279,7 +279,12 @@ def _write_folder(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping
         sync(beside / CONFIG)
         if folder.exists():
             os.replace(folder, aside)
-        os.replace(beside, folder)
+        try:
+            os.replace(beside, folder)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, folder)
+            raise
     except OSError as error:
         raise TrainingError(f"{folder} could not be written: {error}") from error
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.config import ConfigError, RunConfig, load_run
@@ -26,7 +28,7 @@ def holds_run(run_dir: Path | str) -> bool:
     return bool(read_metrics(run_dir)) or bool(list_checkpoints(run_dir))
 
 
-def check_start(config: RunConfig, resume: bool = False, allow_changes: bool = False) -> None:
+def check_start(config: RunConfig, resume: bool = False) -> None:
     """ConfigError if the run can't start in output.dir, or go on there with these settings. Reads a file or two.
 
     Where there is no checkpoint, a resumed run starts from the base model, with any settings.
@@ -40,7 +42,7 @@ def check_start(config: RunConfig, resume: bool = False, allow_changes: bool = F
         raise ConfigError(
             f"output.dir={config.output.dir!r} already holds a run; go on with it (--resume) or name another output.dir"
         )
-    if allow_changes or not list_checkpoints(folder):
+    if not list_checkpoints(folder):
         return
     changes = list(changed_settings(load_run(str(folder / "run.json")), config))
     if changes:
@@ -48,6 +50,23 @@ def check_start(config: RunConfig, resume: bool = False, allow_changes: bool = F
         raise ConfigError(
             f"output.dir={config.output.dir!r} holds a run with other settings; go on with its own:{lines}"
         )
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Inside the context no other process can train in the folder, which is made if need be. ConfigError if one does."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / ".lock")  # the system frees it however the process ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"output.dir={str(run_dir)!r}: another process is training there; name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def changed_settings(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:

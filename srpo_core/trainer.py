@@ -27,7 +27,7 @@ from srpo_core.progress import Display
 from srpo_core.prompts import PromptSequence
 from srpo_core.randomness import fixed_noise
 from srpo_core.rollout import rollout
-from srpo_core.run_folder import check_space, check_start, write_record
+from srpo_core.run_folder import check_space, check_start, held, write_record
 from srpo_core.stopping import StopRequested, StopSignals
 
 STOPPED_EXIT_CODE = 3
@@ -91,14 +91,19 @@ class Trainer:
         self.saved_step = 0
         self.best: dict[str, Any] | None = None
 
-    def train(self, resume: bool = False, allow_changes: bool = False) -> Outcome:
+    def train(self, resume: bool = False) -> Outcome:
         """Train to optim.steps in output.dir; with `resume`, from its newest checkpoint or else the start.
 
         SIGINT or SIGTERM finishes the step, saves and returns; a second one raises KeyboardInterrupt. ConfigError if
-        the run can't start there or resume with these settings (unless `allow_changes`); TrainingError if it fails.
+        the run can't start there or resume with these settings, or if another process trains there; TrainingError if
+        it fails.
         """
-        check_start(self.config, resume, allow_changes)
+        check_start(self.config, resume)
         check_space(self.config, self.learner.checkpoint_bytes())
+        with held(self.run_dir):
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> Outcome:
         write_record(self.config, self.world.device)
         with self.display, StopSignals(lambda: self.display.say(STOPPING)) as stop:
             if resume and latest(self.run_dir) is None:

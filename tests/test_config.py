@@ -166,3 +166,10 @@ assert not loaded, loaded
     command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = make_config({"output": {"dir": "~/runs/one"}, "data": {"photos": "~/photos"}, "reward": {"path": "a~b"}})
+    assert (config.output.dir, config.data.photos) == ("/home/someone/runs/one", "/home/someone/photos")
+    assert config.reward.path == "a~b"

@@ -18,6 +18,7 @@ from srpo_core.checkpoint import checkpoint_folder, latest, list_checkpoints, lo
 from srpo_core.config import ConfigError
 from srpo_core.evaluate import read_evaluation
 from srpo_core.metrics import read_metrics
+from srpo_core.run_folder import held
 from srpo_core.trainer import Outcome
 
 KINDS = {
@@ -118,15 +119,21 @@ def test_more_steps_may_be_asked_for(tmp_path):
     assert weights_hash(longer.flow.module) == weights_hash(whole.flow.module)
 
 
-def test_resuming_with_other_settings_is_refused_unless_allowed(tmp_path):
+def test_resuming_with_other_settings_is_refused(tmp_path):
     assemble(tiny_config(tmp_path, optim__steps=2)).train()
     changed = tiny_config(tmp_path, optim__steps=3, optim__lr=2e-3, data__batch_size=1)
     with pytest.raises(ConfigError, match=r"(?s)data.batch_size: 2 there, 1 now.*optim.lr: 0.001 there, 0.002 now"):
         assemble(changed).train(resume=True)
-    assert assemble(changed).train(resume=True, allow_changes=True).step == 3
     cosine = {"optim__schedule": "cosine", "optim__lr": 2e-3, "data__batch_size": 1}
     with pytest.raises(ConfigError, match=r"optim.schedule: 'constant' there"):
         assemble(tiny_config(tmp_path, optim__steps=4, **cosine)).train(resume=True)
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path):
+    assemble(tiny_config(tmp_path, optim__steps=1)).train()
+    with held(tmp_path), pytest.raises(ConfigError, match="another process is training there"):
+        assemble(tiny_config(tmp_path, optim__steps=2)).train(resume=True)
+    assert assemble(tiny_config(tmp_path, optim__steps=2)).train(resume=True).step == 2
 
 
 def test_a_folder_with_a_run_is_not_started_over(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from srpo_core.report.charts import decimals_for, number
@@ -115,6 +116,7 @@ def method_section(run: RunData) -> str:
     if not run.method_check:
         return ""
     named = [claim.get("image") for claim in run.method_check]
+    named = [name if name and Path(str(name)).name == str(name) else None for name in named]  # in the run folder only
     uris = iter(embed([run.folder / str(name) for name in named if name], _CLAIM_BUDGET, max_side=1024))
     blocks = []
     for claim, name in zip(run.method_check, named, strict=True):
