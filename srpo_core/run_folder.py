@@ -54,7 +54,7 @@ def check_start(config: RunConfig, resume: bool = False) -> None:
 
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Inside the context no other process can train in the folder, which is made if need be. ConfigError if one does."""
+    """Inside the context no other process trains in the folder, which is made if need be. ConfigError if one does."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")  # the system frees it however the process ends
     try:
