@@ -12,7 +12,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -244,6 +244,15 @@ def describe_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Ite
             yield from describe_fields(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", _type_name(info.annotation), info.get_default(), info.description or ""
+
+
+def flat(data: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name with its sections, value) of every entry of a nested dict."""
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, separator, f"{prefix}{name}{separator}")
+        else:
+            yield prefix + name, value
 
 
 def _type_name(annotation: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from srpo_core.config import ConfigError
+from srpo_core.config import ConfigError, flat
 from srpo_core.files import write_atomic
 
 
@@ -125,8 +125,9 @@ class MetricsLog:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
-            for name, value in _flat(line):
-                self._writer.add_scalar(name, value, metrics.step)
+            for name, value in flat(line, "/"):
+                if isinstance(value, int | float) and name != "step":
+                    self._writer.add_scalar(name, value, metrics.step)
             self._writer.flush()
 
     def picture(self, step: int, image: Image.Image) -> None:
@@ -157,11 +158,3 @@ def _tensorboard_writer(folder: Path, first_step: int) -> Any:
             f"output.tensorboard=true needs the package tensorboard ({error}); or set it to false"
         ) from error
     return SummaryWriter(str(folder), purge_step=first_step)
-
-
-def _flat(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in line.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}/")
-        elif isinstance(value, int | float) and key != "step":
-            yield f"{prefix}{key}", value

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from srpo_core.checkpoint import list_checkpoints
-from srpo_core.config import ConfigError, RunConfig, load_run
+from srpo_core.config import ConfigError, RunConfig, flat, load_run
 from srpo_core.files import write_atomic
 from srpo_core.metrics import read_metrics
 
@@ -71,19 +71,11 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def changed_settings(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
     """(name, old value, new value) of the settings that would alter the course of a run."""
-    before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
+    before, after = dict(flat(old.model_dump())), dict(flat(new.model_dump()))
     for name, value in after.items():
         free = name.startswith(FREE_TO_CHANGE) or (name == "optim.steps" and new.optim.schedule == "constant")
         if value != before[name] and not free:
             yield name, before[name], value
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def write_record(config: RunConfig, device: torch.device) -> None:

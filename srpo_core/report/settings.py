@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from srpo_core.config import ConfigError, RunConfig, describe_fields, load_run, preset_names
+from srpo_core.config import ConfigError, RunConfig, describe_fields, flat, load_run, preset_names
 from srpo_core.report.data import RunData
 from srpo_core.report.markup import Html, folded, row, section, table
 
 _PLACE = "output.dir"
 """A setting that differs between any two runs and makes no difference."""
-
-
-def flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every entry of a nested dict."""
-    for name, value in data.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _values(config: RunConfig) -> dict[str, Any]:
