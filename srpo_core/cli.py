@@ -7,6 +7,7 @@ saved, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
     """The function `name` of commands.py, imported when it runs: the parser itself loads nothing."""
 
     def run(args: argparse.Namespace) -> int:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # no bar for loading a local file
         from srpo_core import commands
 
         return getattr(commands, name)(args)
