@@ -232,7 +232,7 @@ def _check_place(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise ConfigError(f"{path} exists already; overwrite it explicitly or choose another place")
+        raise ConfigError(f"{path} exists already; --overwrite (overwrite=True) replaces it, --out names another place")
     if path.is_dir() != (path.suffix != SUFFIX):
         raise ConfigError(
             f"{path} is a {'folder' if path.is_dir() else 'file'}; it can't be overwritten with the other"

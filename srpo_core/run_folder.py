@@ -55,14 +55,16 @@ def check_start(config: RunConfig, resume: bool = False) -> None:
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
     """Inside the context no other process trains in the folder, which is made if need be. ConfigError if one does."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")  # the system frees it however the process ends
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(
             f"output.dir={str(run_dir)!r}: another process is training there; name another folder"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"output.dir={str(run_dir)!r} can't be written to: {error}; name another folder") from None
     try:
         yield
     finally:

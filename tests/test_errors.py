@@ -189,3 +189,10 @@ def test_a_folder_with_other_files_is_fine(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     check_start(tiny_config(tmp_path))
     check_start(RunConfig(output={"dir": str(tmp_path / "new")}), resume=True)
+
+
+def test_a_folder_below_a_file_is_refused_by_its_setting(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match=r"output\.dir=.*can't be written to"):
+        assemble(tiny_config(tmp_path / "file" / "run", optim__steps=1)).train()
+    assert (tmp_path / "file").read_text() == "mine"

@@ -11,7 +11,7 @@ import numpy as np
 from srpo_core.intervals import DRAWS, Interval, Statistic, bootstrap_runs_ci, mean, paired_effect_size, win_rate
 from srpo_core.report.data import PairedScores
 
-_FIRST = ("look", "content", "relative", "reward")
+_FIRST = ("look", "content", "exact", "relative", "reward")
 """Measures that lead, where a run has them."""
 MIN_PROMPTS = 8
 """A bootstrap of fewer values claims far too much: there are no intervals then."""

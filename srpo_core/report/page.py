@@ -117,7 +117,7 @@ def _headline(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[
         _chips(runs),
         _notices(runs, sources, pooled),
     ]
-    leading = [change for change in pooled if "/" not in change.name][:4]
+    leading = [change for change in pooled if "/" not in change.name][:5]
     if leading:
         parts.append(f'<div class="cards">{"".join(_card(change) for change in leading)}</div>')
     return "".join(parts) + "</header>"
