@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,22 @@ def relative_reward(
 ) -> Tensor:
     """`relative_score` of images [B, 3, H, W] in [0, 1] for B prompts under two control words, [B]."""
     return relative_score(*two_wordings(reward, images, prompts, preferred, other), k)
+
+
+def rewards_by_word(
+    reward: Reward, images: Tensor, prompts: Sequence[str], words: ControlWords
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """r of the plain prompts [B], and r of the wording with each control word [B], in one reward call."""
+    every = list(dict.fromkeys([*words.liked, *words.disliked]))
+    texts = [*prompts, *(wording(word, prompt) for word in every for prompt in prompts)]
+    plain, *worded = reward(images, texts).float().view(len(every) + 1, len(prompts))
+    return plain, dict(zip(every, worded, strict=True))
+
+
+def liked_less_disliked(by_word: Mapping[str, Tensor], words: ControlWords) -> Tensor:
+    """Mean of r over the liked wordings less that over the disliked ones, [B]."""
+    liked, disliked = (torch.stack([by_word[word] for word in side]).mean(0) for side in (words.liked, words.disliked))
+    return liked - disliked
 
 
 def hinge_loss(score: Tensor, margin: float, num_branches: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from srpo_core.files import write_atomic
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, FlowModel, Measure, PromptBatch, Reward
-from srpo_core.preference import ControlWords, wording
+from srpo_core.preference import ControlWords, liked_less_disliked, rewards_by_word
 from srpo_core.rollout import rollout
 
 Scores = dict[str, list[float]]
@@ -70,11 +70,9 @@ def score_images(
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].to(device)
         texts = list(prompts[start : start + batch_size])
-        worded = [wording(word, text) for word in (*words.liked, *words.disliked) for text in texts]
-        plain, *by_word = reward(batch, texts + worded).float().view(-1, len(texts))
-        liked, disliked = by_word[: len(words.liked)], by_word[len(words.liked) :]
+        plain, by_word = rewards_by_word(reward, batch, texts, words)
         scores["reward"] += plain.tolist()
-        scores["relative"] += (torch.stack(liked).mean(0) - torch.stack(disliked).mean(0)).tolist()
+        scores["relative"] += liked_less_disliked(by_word, words).tolist()
         for name, measure in (measures or {}).items():
             scores[name] += measure(batch, texts).float().tolist()
     return scores

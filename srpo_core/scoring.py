@@ -21,7 +21,7 @@ from srpo_core.files import write_atomic
 from srpo_core.interfaces import Measure, Reward
 from srpo_core.models import load_model
 from srpo_core.parallel import choose_device
-from srpo_core.preference import wording
+from srpo_core.preference import ControlWords, liked_less_disliked, rewards_by_word
 from srpo_core.prompts import read_prompts
 from srpo_core.rewards import load_reward
 
@@ -159,12 +159,10 @@ def _score_batch(
     measures: dict[str, Measure],
 ) -> list[Row]:
     prompts = [picture.prompt for picture in pictures]
-    words = list(dict.fromkeys([*settings.liked, *settings.disliked]))
-    texts = prompts + [wording(word, prompt) for word in words for prompt in prompts]
-    scores = reward(images, texts).float().view(len(words) + 1, len(prompts)).cpu()
-    by_word = dict(zip(words, scores[1:], strict=True))
-    liked, disliked = (torch.stack([by_word[w] for w in side]).mean(0) for side in (settings.liked, settings.disliked))
-    columns = {"reward": scores[0], "relative": liked - disliked, **{f"word:{word}": by_word[word] for word in words}}
+    words = ControlWords(settings.liked, settings.disliked)
+    plain, by_word = rewards_by_word(reward, images, prompts, words)
+    columns = {"reward": plain.cpu(), "relative": liked_less_disliked(by_word, words).cpu()}
+    columns |= {f"word:{word}": values.cpu() for word, values in by_word.items()}
     columns |= {name: measure(images, prompts).float().cpu() for name, measure in measures.items()}
     return [
         {"file": str(picture.path), "prompt": picture.prompt, **{name: float(v[i]) for name, v in columns.items()}}
