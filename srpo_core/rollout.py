@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,14 +36,20 @@ def rollout(
     noise: Tensor,
     sigmas: Tensor,
     guidance: float,
+    on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Rollout:
-    """Euler steps from noise [B, C, h, w] down the schedule sigmas [N + 1], in float32."""
+    """Euler steps from noise [B, C, h, w] down the schedule sigmas [N + 1], in float32.
+
+    `on_step(steps done, latents)` is called after each step.
+    """
     noise = noise.float()
     latents = noise
     levels = sigmas.tolist()
-    for sigma, sigma_next in pairwise(levels):
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         velocity = flow.velocity(latents, per_sample(sigma, latents), prompts, guidance)
         latents = euler_step(latents, velocity, sigma, sigma_next)
+        if on_step is not None:
+            on_step(i + 1, latents)
     return Rollout(prompts, noise, latents)
 
 
