@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from srpo_core.align import AlignStep, align_step_at, direct_align, one_step_prediction, training_levels
-from srpo_core.config import ConfigError, RunConfig, load_run
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.description import load_run
 from srpo_core.files import write_atomic
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Components

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from srpo_core.assemble import assemble
-from srpo_core.config import ConfigError, RunConfig, load_run
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.description import load_run
 from srpo_core.files import write_atomic
 from srpo_core.intervals import Interval, bootstrap_runs_ci
 from srpo_core.metrics import read_metrics

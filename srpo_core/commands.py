@@ -9,7 +9,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from srpo_core.config import ConfigError, RunConfig, describe_fields, load_run, preset_names
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.description import describe_fields, load_run, preset_names
 
 
 def run_folder(source: str) -> Path | None:

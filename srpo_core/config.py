@@ -1,24 +1,17 @@
 """A run, described once: every setting's name, type, default, help and limits stand here and nowhere else.
 
-`load_run("miniature", ["optim.lr=1e-5", "lora.rank=16"])` reads a preset (or a .yaml/.json file, such as a run's own
-run.json), applies overrides and validates. Presets, the command line, run.json and ComfyUI's widgets are all made of
-these fields.
+Presets, the command line, run.json and ComfyUI's widgets are all made of these fields. Saved graphs are positional:
+fields are only appended to a section.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class ConfigError(ValueError):
@@ -40,14 +33,19 @@ class ModelConfig(Section):
     )
     path: PathText | None = Field(
         None,
-        description="folder in diffusers format with transformer, vae, text encoders and tokenizers; the miniature"
-        " family brings its own",
+        description="the whole model: a folder in diffusers format, or one .safetensors file that holds transformer,"
+        " autoencoder and text encoders (a ComfyUI checkpoint); parts named below replace its own, and where all are"
+        " named it isn't needed; the miniature family brings its own",
     )
     transformer: PathText | None = Field(
-        None, description="folder in diffusers format whose transformer replaces that of `path` (a trained one, say)"
+        None,
+        description="transformer: a folder in diffusers format, or a .safetensors file under diffusers' or the original"
+        " names, fp8 too",
     )
     autoencoder: PathText | None = Field(
-        None, description="folder in diffusers format whose autoencoder replaces that of `path`"
+        None,
+        description="autoencoder: a folder in diffusers format, or a .safetensors file under diffusers' or the original"
+        " names (ae.safetensors)",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
@@ -59,25 +57,69 @@ class ModelConfig(Section):
         description="recompute transformer and decoder blocks in the backward pass: less memory, about a third more"
         " time",
     )
+    clip: PathText | None = Field(
+        None, description="CLIP-L text encoder: a folder, or a .safetensors file (clip_l.safetensors)"
+    )
+    t5: PathText | None = Field(
+        None, description="T5-XXL text encoder: a folder, or a .safetensors file (t5xxl_fp16.safetensors), fp8 too"
+    )
+    tokenizers: PathText | None = Field(
+        None,
+        description="folder with `tokenizer` (CLIP) and `tokenizer_2` (T5); unset: those of `path`, of ComfyUI if this project"
+        " lies in its custom_nodes, or of the Hugging Face cache (srpo download tokenizers)",
+    )
+    t5_memory: Literal["full", "fp8", "offload"] = Field(
+        "full",
+        description="how T5 is held while prompts are encoded: in model.dtype, its weights in 8 bits (half the memory,"
+        " slightly other embeddings), or on the host, a layer at a time on the device (slow, least memory)",
+    )
+    lora: PathText | None = Field(
+        None,
+        description="LoRA .safetensors file merged into the transformer first: training goes on from there",
+    )
+    lora_strength: float = Field(1.0, ge=-10, le=10, description="strength with which model.lora is merged")
 
 
 class DataConfig(Section):
     prompts: PathText = Field(
-        "builtin", description="training prompts: a text file with one per line, or `builtin` for the family's own"
+        "builtin",
+        description="training prompts: a text file with one per line, a .csv, .jsonl or .json file or a Hugging Face"
+        " dataset's folder (data.prompt_column), a folder of images with captions, or `builtin` for the family's own",
     )
     photos: PathText | None = Field(
         None,
         description="folder of images with captions (same name, .txt) to train on instead of rollouts of `prompts`;"
-        " each is scaled until it just covers width x height and cropped around its centre",
+        " each is scaled until it just covers its size and cropped around its centre",
     )
     eval_prompts: PathText = Field(
         "builtin",
-        description="held-out prompts of previews and evaluation: a text file or `builtin`; left out of `prompts` where"
-        " they occur there",
+        description="held-out prompts of previews and evaluation, in the forms of `prompts`; left out of `prompts`"
+        " where they occur there",
     )
     height: int = Field(720, ge=16, le=8192, description="image height in pixels")
     width: int = Field(720, ge=16, le=8192, description="image width in pixels")
     batch_size: int = Field(1, ge=1, le=4096, description="prompts per micro-batch on each device")
+    prompt_column: str | None = Field(
+        None, description="column of a table of prompts; unset: the first of prompt, caption and text that is there"
+    )
+    photo_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of micro-batches that train on `photos`, where they are given; others roll out `prompts`",
+    )
+    bucket_step: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="0: every photo becomes width x height; else photos keep about their shape: each takes the size, in"
+        " multiples of this many pixels, with the nearest aspect ratio and about width x height pixels",
+    )
+    embeddings: PathText | None = Field(
+        None,
+        description="folder of the cache of prompt embeddings, which runs can share (srpo encode fills it); unset:"
+        " `embeddings` in output.dir",
+    )
 
 
 class RolloutConfig(Section):
@@ -134,6 +176,18 @@ class AlignConfig(Section):
         return self
 
 
+class MoreReward(Section):
+    """A further reward in the loss."""
+
+    name: str = Field(description="a name in srpo_core.rewards.REWARDS, or module:function for your own")
+    path: PathText | None = Field(None, description="its weights, where it needs some: a file or a folder")
+    margin: float = Field(0.7, description="its loss is relu(margin - score)")
+    scale: float = Field(1.0, gt=0, description="its values become (value - offset) * scale before anything else")
+    offset: float = Field(0.0, description="see scale")
+    weight: float = Field(1.0, gt=0, le=1000, description="weight of its loss, and of its value in a mixture")
+    fit: Literal["crop", "pad"] = Field("crop", description="how images fit its square: see reward.fit")
+
+
 class RewardConfig(Section):
     name: str = Field(
         "clip", description="reward to train on: a name in srpo_core.rewards.REWARDS, or module:function for your own"
@@ -150,7 +204,24 @@ class RewardConfig(Section):
         description="control words to move away from; one a step, in turn",
     )
     margin: float = Field(0.7, description="the loss is relu(margin - score): above it an image is good enough")
-    scale: float = Field(1.0, gt=0, description="scores are multiplied by this before the margin")
+    scale: float = Field(1.0, gt=0, description="its values become (value - offset) * scale before anything else")
+    offset: float = Field(0.0, description="see scale; it cancels out of relative scores, but for their share k")
+    weight: float = Field(1.0, gt=0, le=1000, description="weight of its loss, and of its value in a mixture")
+    fit: Literal["crop", "pad"] = Field(
+        "crop",
+        description="how images fit the reward's square: crop (short side to it, centre kept; for training) or pad"
+        " (long side to it, black beside; the official HPS scoring)",
+    )
+    more: list[MoreReward] = Field(
+        [],
+        description="further rewards in the loss, each with name, path, margin, scale, offset, weight and fit:"
+        " [{name: pickscore, path: ..., scale: 0.05}]",
+    )
+    contrast: tuple[str, str] = Field(
+        ("Realistic photo", "CG Render"),
+        description="two wordings whose difference in reward is reported as `sgp`: realistic less artificial; never"
+        " trained on",
+    )
 
 
 class OptimConfig(Section):
@@ -180,6 +251,11 @@ class LoraConfig(Section):
         None, gt=0, description="LoRA alpha: its effect is scaled by alpha / rank; unset means alpha = rank"
     )
     targets: str = Field("all", description="group of layers that get a LoRA: attention, mlp or all")
+    start: PathText | None = Field(
+        None,
+        description="LoRA .safetensors file whose matrices training starts from, instead of one without effect; its"
+        " rank and layers must be those of lora.rank and lora.targets",
+    )
 
 
 class ParallelConfig(Section):
@@ -230,22 +306,6 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random number of the run")
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return None
-
-
-def describe_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """(dotted name, type, default, description) of every setting."""
-    for name, info in model.model_fields.items():
-        section = _section_type(info.annotation)
-        if section is not None:
-            yield from describe_fields(section, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _type_name(info.annotation), info.get_default(), info.description or ""
-
-
 def flat(data: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(name with its sections, value) of every entry of a nested dict."""
     for name, value in data.items():
@@ -255,108 +315,8 @@ def flat(data: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Ite
             yield prefix + name, value
 
 
-def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return " | ".join(str(choice) for choice in typing.get_args(annotation))
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join("unset" if part is type(None) else _type_name(part) for part in typing.get_args(annotation))
-    if origin is Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    if origin in (list, tuple):
-        inner = ", ".join(dict.fromkeys(_type_name(part) for part in typing.get_args(annotation)))
-        return f"{origin.__name__} of {inner}"
-    return getattr(annotation, "__name__", str(annotation))
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that ship with the package."""
-    folder = resources.files("srpo_core") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def nearest(name: str, choices: Sequence[str]) -> str:
     """ "; did you mean 'x'?" for the closest choice, then the choices themselves when they are few."""
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return hint + (f" (choices: {', '.join(choices)})" if len(choices) <= 20 else "")
-
-
-def _read_description(source: str) -> dict[str, Any]:
-    path = Path(source)
-    if path.suffix in {".yaml", ".yml", ".json"}:
-        if not path.is_file():
-            raise ConfigError(f"no such run description: {path}")
-        content = path.read_bytes()
-    elif source in preset_names():
-        content = (resources.files("srpo_core") / "presets" / f"{source}.yaml").read_bytes()
-    else:
-        raise ConfigError(f"unknown preset {source!r}{nearest(source, preset_names())}")
-    try:
-        text = content.decode("utf-8-sig")
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{source} can't be read: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source} holds no settings")
-    data.pop("made_with", None)
-    return data
-
-
-def _parse_override(override: str) -> tuple[list[str], Any]:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"{override!r} is no setting; write section.name=value, for example optim.lr=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text!r} can't be read: {error}") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
-        try:
-            value = float(value)
-        except ValueError:
-            value = text
-    return key.strip().split("."), value
-
-
-def _place(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        data = data.setdefault(key, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"unknown setting {'.'.join(keys)!r}: {key!r} is a setting, not a section")
-    data[keys[-1]] = value
-
-
-def _explain(error: ValidationError) -> str:
-    names = [name for name, *_ in describe_fields()]
-    lines = []
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
-        name = ".".join(location)
-        if problem["type"] == "extra_forbidden":
-            siblings = [n for n in names if location[1:] and n.split(".")[:-1] == location[:-1]] or list(
-                RunConfig.model_fields
-            )
-            everywhere = [n for n in names if n.split(".")[-1] == location[-1]]
-            hint = f"; did you mean {everywhere[0]!r}?" if everywhere else nearest(name, siblings)
-            lines.append(f"unknown setting {name!r}{hint}")
-        else:
-            lines.append(f"{name}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
-    return "\n".join(lines)
-
-
-def make_config(data: dict[str, Any]) -> RunConfig:
-    """Validate a nested dict of settings. ConfigError names each bad setting and, for unknown ones, the nearest one."""
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
-
-
-def load_run(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A preset's name or a .yaml/.json file, with overrides such as "optim.lr=1e-5"."""
-    data = _read_description(source)
-    for override in overrides:
-        keys, value = _parse_override(override)
-        _place(data, keys, value)
-    return make_config(data)

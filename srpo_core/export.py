@@ -28,7 +28,8 @@ from srpo_core.checkpoint import (
     read_state,
     read_tensors,
 )
-from srpo_core.config import ConfigError, load_run
+from srpo_core.config import ConfigError
+from srpo_core.description import load_run
 from srpo_core.errors import TrainingError
 from srpo_core.files import sync
 from srpo_core.lora import ADAPTER

@@ -6,6 +6,7 @@ Images are RGB in [0, 1]; latents are spatial everywhere (a model packs tokens i
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -109,7 +110,7 @@ class Measure(Protocol):
 
 @dataclass
 class Components:
-    """What a model family hands to a run.
+    """What a model family hands to a run. A large family loads each part when it is first read (cached_property).
 
     `measures` are the family's own held-out measures, by name. `prompts` are what `builtin` stands for in data.prompts
     ("train") and data.eval_prompts ("eval").
@@ -120,3 +121,10 @@ class Components:
     text_encoder: TextEncoder
     measures: Mapping[str, Measure] = field(default_factory=dict)
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def release(self, part: str) -> None:
+        """Forget a part that has done its work ("text_encoder"), and give its memory back."""
+        self.__dict__.pop(part, None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -15,7 +15,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from srpo_core.checkpoint import list_checkpoints
-from srpo_core.config import ConfigError, RunConfig, flat, load_run
+from srpo_core.config import ConfigError, RunConfig, flat
+from srpo_core.description import load_run
 from srpo_core.files import write_atomic
 from srpo_core.metrics import read_metrics
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from srpo_core.config import ConfigError, ModelConfig, RewardConfig, make_config
+from srpo_core.config import ConfigError, ModelConfig, RewardConfig
+from srpo_core.description import make_config
 from srpo_core.files import write_atomic
 from srpo_core.interfaces import Measure, Reward
 from srpo_core.models import load_model

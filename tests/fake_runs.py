@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from srpo_core.config import make_config
+from srpo_core.description import make_config
 
 PROMPTS = [
     "a red ball on the left in a meadow",

@@ -208,7 +208,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
 
 def test_settings_lists_every_setting(capsys, tmp_path):
-    from srpo_core.config import describe_fields, preset_names
+    from srpo_core.description import describe_fields, preset_names
 
     assert cli.main(["settings"]) == 0
     out = capsys.readouterr().out

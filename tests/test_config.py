@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from srpo_core.config import ConfigError, RunConfig, describe_fields, load_run, make_config, nearest, preset_names
+from srpo_core.config import ConfigError, RunConfig, nearest
+from srpo_core.description import describe_fields, load_run, make_config, preset_names
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from tiny_flux import random_latents, random_prompts, tiny_pipeline, tiny_transf
 from srpo_core import export
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import checkpoint_folder, read_tensors
-from srpo_core.config import ConfigError, LoraConfig, load_run, make_config
+from srpo_core.config import ConfigError, LoraConfig
+from srpo_core.description import load_run, make_config
 from srpo_core.errors import TrainingError
 from srpo_core.lora import add_lora
 from srpo_core.models.flux import FluxFlow, ImageAutoencoder

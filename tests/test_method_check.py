@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srpo_core.config import ConfigError, load_run
+from srpo_core.config import ConfigError
+from srpo_core.description import load_run
 from srpo_core.miniature.models import WEIGHTS
 from srpo_core.report import write_report
 

@@ -198,7 +198,7 @@ def start(run_dir: Path, resume: bool) -> subprocess.Popen:
     tests = Path(__file__).parent
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from srpo_core.assemble import assemble; from srpo_core.config import load_run\n"
+        "from srpo_core.assemble import assemble; from srpo_core.description import load_run\n"
         f"sys.exit(0 if assemble(load_run(sys.argv[1])).train(resume={resume}).finished else 3)"
     )
     settings = run_dir.with_suffix(".json")

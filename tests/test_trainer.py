@@ -14,7 +14,7 @@ from tiny import PROMPTS, tiny_config
 from srpo_core.align import direct_align, sample_align_steps
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import best, list_checkpoints, read_state
-from srpo_core.config import load_run
+from srpo_core.description import load_run
 from srpo_core.evaluate import read_evaluation
 from srpo_core.flow import shifted_sigmas
 from srpo_core.metrics import Clock, read_metrics

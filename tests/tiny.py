@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderTiny, FluxTransformer2DModel
 from torch import Tensor
 
-from srpo_core.config import ModelConfig, RewardConfig, RunConfig, make_config
+from srpo_core.config import ModelConfig, RewardConfig, RunConfig
+from srpo_core.description import make_config
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.models.flux import DTYPES, FluxFlow, ImageAutoencoder
 from srpo_core.randomness import generator_for

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from srpo_core.config import ConfigError, RunConfig, load_run
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.description import load_run
 
 
 @dataclass

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from srpo_core.config import ConfigError, RunConfig, describe_fields, flat, load_run, preset_names
+from srpo_core.config import ConfigError, RunConfig, flat
+from srpo_core.description import describe_fields, load_run, preset_names
 from srpo_core.report.data import RunData
 from srpo_core.report.markup import Html, folded, row, section, table
 
