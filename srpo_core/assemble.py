@@ -2,79 +2,88 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from srpo_core.config import ConfigError, RunConfig
+from srpo_core.checks import check_files, check_fit, run_texts, size_notes
+from srpo_core.config import RunConfig
+from srpo_core.embeddings import StoredPrompts, embedding_cache, encode
+from srpo_core.errors import enough_memory
 from srpo_core.interfaces import Components, PromptBatch, TrainableFlow
-from srpo_core.lora import add_lora, lora_alpha, lora_targets
+from srpo_core.learner import Parts
+from srpo_core.lora import add_lora, lora_alpha, lora_targets, start_from
 from srpo_core.models import load_model
-from srpo_core.parallel import make_world
-from srpo_core.photos import find_photos
+from srpo_core.parallel import World, make_world
+from srpo_core.photos import Photo
 from srpo_core.preference import ControlWords
-from srpo_core.prompts import PromptSequence, encode, prompt_sequence, read_prompts, without_held_out
+from srpo_core.progress import Display
+from srpo_core.prompts import PromptSequence, ordered_sequence, prompt_sequence
 from srpo_core.randomness import generator_for
-from srpo_core.registry import resolve
-from srpo_core.rewards import REWARDS, load_reward
-from srpo_core.trainer import PROBE_PROMPTS, RunPrompts, Trainer
+from srpo_core.rewards import load_rewards
+from srpo_core.rewards.mixture import blind_notes
+from srpo_core.run_folder import check_space
+from srpo_core.trainer import PROBE_PROMPTS, Trainer
+from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
+from srpo_core.weights.lora_names import Lora
 
 
 def assemble(config: RunConfig) -> Trainer:
     """Load model and reward, encode the prompts, prepare what is trained. ConfigError names the wrong setting."""
     world = make_world(config.parallel)
-    _check_files(config)
-    components = load_model(config.model, world.device)
-    flow, autoencoder, measures = components.flow, components.autoencoder, components.measures
-    _check_size(config, flow)
-    prompts = _encode_prompts(config, components)
-    del components  # the text encoder has done its work
-    gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    lora = _prepare(config, flow)
+    inputs = check_files(config)
+    with enough_memory("loading the model", "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"):
+        components = load_model(config.model, world.device)
+    footprint = check_fit(config, components.outline(), inputs, world.device)
+    check_space(config, footprint.checkpoint_bytes(config))
+    advice = "try model.t5_memory=8bit or offload"
+    with Display(quiet=not world.is_main) as display, enough_memory("encoding prompts", advice):
+        data, held_out = _encode_prompts(config, components, inputs.photos, world, display)
+    components.release("text_encoder")
+    with enough_memory("loading the models", "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"):
+        components.full_precision = not config.lora.rank
+        flow, autoencoder = components.flow, components.autoencoder
+        lora = _prepare(config, flow, inputs.start)
+        rewards = load_rewards(config.reward, world.device)
     words = ControlWords(config.reward.liked, config.reward.disliked)
-    reward = load_reward(config.reward, world.device)
-    return Trainer(config, world, flow, autoencoder, reward, words, prompts, measures, lora)
+    notes = photo_notes(inputs.photos, photo_sizes(config.data, inputs.photos))
+    notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
+    notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
+    parts = Parts(flow, autoencoder, rewards, words, data, held_out, components.measures, lora, notes)
+    return Trainer(config, world, parts)
 
 
-def _check_files(config: RunConfig) -> None:
-    """Read the user's prompts and captions, find the reward, before models are loaded, which can take minutes."""
-    for setting in ("prompts", "eval_prompts"):
-        value = getattr(config.data, setting)
-        if value != "builtin":
-            read_prompts(value, f"data.{setting}")
-    if config.data.photos is not None:
-        find_photos(config.data.photos)
-    resolve(REWARDS, "reward", config.reward.name)
-
-
-def _check_size(config: RunConfig, flow: TrainableFlow) -> None:
-    try:
-        flow.latent_shape(config.data.height, config.data.width)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"data.height={config.data.height}, data.width={config.data.width}: {error}") from error
-
-
-def _encode_prompts(config: RunConfig, components: Components) -> RunPrompts:
-    data, builtin = config.data, components.prompts
-    held_out = read_prompts(data.eval_prompts, "data.eval_prompts", builtin.get("eval", ()))
+def _encode_prompts(
+    config: RunConfig, components: Components, photos: Sequence[Photo], world: World, display: Display | None
+) -> tuple[TrainingData, PromptBatch | StoredPrompts]:
+    """What is trained on, and the held-out prompts."""
+    data, text_encoder = config.data, components.text_encoder
+    prompts, held_out = run_texts(config, components.prompts)
+    cache = embedding_cache(text_encoder, config)
+    display = display if cache is not None else None
     count = max(config.output.preview_prompts, config.output.evaluate_prompts, PROBE_PROMPTS)
-    encoded: PromptBatch = encode(components.text_encoder, held_out[:count])
-    length = config.optim.steps * config.optim.accumulation * data.batch_size
-    if data.photos is not None:
-        paths, captions = zip(*find_photos(data.photos), strict=True)
-        train: PromptSequence = prompt_sequence(components.text_encoder, captions, config.seed, length, paths)
-    else:
-        prompts = without_held_out(read_prompts(data.prompts, "data.prompts", builtin.get("train", ())), held_out)
-        train = prompt_sequence(components.text_encoder, prompts, config.seed, length)
-    return RunPrompts(train, encoded)
+    encoded = encode(text_encoder, held_out[:count], cache=cache, display=display)
+    micros = config.optim.steps * config.optim.accumulation
+    on_photos, on_prompts = (turns * world.size for turns in sources(data, config.seed, micros))
+    train = TrainingData(config.seed, (data.height, data.width), data.batch_size, photo_share=data.photo_share)
+    if on_prompts:
+        length = on_prompts * data.batch_size
+        rollouts = prompt_sequence(text_encoder, prompts, config.seed, length, cache, display)
+        train = replace(train, rollouts=rollouts)
+    if on_photos:
+        sizes = photo_sizes(data, photos)
+
+        def in_order(captions: Sequence[str], order: Sequence[int]) -> PromptSequence:
+            return ordered_sequence(text_encoder, captions, order, cache, display)
+
+        batches = photo_batches(photos, sizes, data.batch_size, config.seed, on_photos, in_order)
+        train = replace(train, photos=batches)
+    return train, encoded
 
 
-def _prepare(config: RunConfig, flow: TrainableFlow) -> dict[str, object] | None:
+def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict[str, object] | None:
     """Leave a gradient to what is trained, in float32: all weights, or a LoRA beside frozen ones in model.dtype."""
     module: nn.Module = flow.module.eval()
     if not config.lora.rank:
@@ -83,10 +92,13 @@ def _prepare(config: RunConfig, flow: TrainableFlow) -> dict[str, object] | None
     targets = lora_targets(flow.lora_targets, config.lora.targets)
     _cast(module, getattr(torch, config.model.dtype))
     add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
+    if start is not None:
+        start_from(module, config.lora, start)
     return {"rank": config.lora.rank, "alpha": lora_alpha(config.lora), "targets": list(targets)}
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters to `dtype`; buffers, such as tables of angles, keep the precision that the family chose for them."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # not the codes of a matrix in 8 bits
+            parameter.data = parameter.data.to(dtype)

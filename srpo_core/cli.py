@@ -46,7 +46,8 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
     """The function `name` of commands.py, imported when it runs: the parser itself loads nothing."""
 
     def run(args: argparse.Namespace) -> int:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # no bar for loading a local file
+        if name != "download":
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # no bar for loading a local file
         from srpo_core import commands
 
         return getattr(commands, name)(args)
@@ -72,10 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _train(add("train", "train a model, or go on with a run"))
-    _sample(add("sample", "draw pictures with a base or trained model"))
-    _score(add("score", "score pictures with a reward"))
-    _export(add("export", "write a run's weights for diffusers or ComfyUI"))
+    _sample(add("sample", "draw pictures with a base or trained model, on one or more GPUs (torchrun)"))
+    _encode(add("encode", "encode a run's prompts ahead of it, on one or more GPUs (torchrun)"))
+    _score(add("score", "score pictures with a reward: CSV, JSON and a page to look through"))
+    _export(add("export", "write weights for diffusers or ComfyUI: of a run, or of a file in another form"))
     _report(add("report", "write one HTML page about a run, or about several"))
+    _download(add("download", "fetch models and rewards; sizes and licences are shown first"))
     _doctor(add("doctor", "say what is installed, which device is used and what is missing"))
     _settings(add("settings", "list presets and settings with type, default and meaning"))
     return parser
@@ -85,33 +88,56 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output.dir")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="check files, sizes, memory and disk, say what the run is, don't start it",
+    )
 
 
 def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES)
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--prompts", metavar="FILE", help="a text file with a prompt per line")
+    parser.add_argument("--prompts", metavar="FILE", help="a text, CSV or JSONL file of prompts (data.prompt_column)")
     parser.add_argument(
         "--checkpoint",
         metavar="NAME",
         help="last, best, base (untrained) or a step; default: last of a run, base of a preset",
     )
-    parser.add_argument("--lora", metavar="FILE", help="a LoRA safetensors file to add (transformer.*.lora_A/B.weight)")
-    parser.add_argument("--steps", type=_positive, help="Euler steps (default: output.preview_steps)")
+    parser.add_argument(
+        "--lora", action="append", metavar="FILE[:STRENGTH]",
+        help="a LoRA .safetensors file to add, with its strength (default 1); may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=_positive, help="Euler steps (default: 50 with FLUX, else output.preview_steps)"
+    )
     parser.add_argument("--guidance", type=float, help="distilled guidance (default: output.preview_guidance)")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of the first picture of a prompt (default 0)")
     parser.add_argument("--count", type=_positive, default=1, help="pictures per prompt, with seeds counting up")
     parser.add_argument("--batch-size", type=_positive, help="pictures at once (default: data.batch_size)")
     parser.add_argument("--out", metavar="DIR", help="folder for the pictures (default: samples/ in the run or here)")
-    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are already there")
+    parser.add_argument(
+        "--overwrite", action="store_true",
+        help="draw all anew; else pictures of the same settings are kept, and others in their places refused",
+    )  # fmt: skip
+
+
+def _encode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES)
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="these prompts instead of the run's own, in any form of data.prompts"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of the embeddings (default: as data.embeddings says)")
 
 
 def _score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="FOLDER|FILE", help="pictures, or folders of pictures")
     parser.add_argument(
         "--prompts", metavar="FILE",
-        help="a prompt per line, for the pictures in order; default: a .txt beside each picture, else its PNG metadata",
+        help="a text, CSV or JSONL file of prompts, for the pictures in order; default: a .txt beside each picture,"
+        " else its own metadata (this project's, A1111's or ComfyUI's)",
     )  # fmt: skip
     parser.add_argument(
         "--source",
@@ -120,6 +146,11 @@ def _score(parser: argparse.ArgumentParser) -> None:
         help=f"whose reward and words: {_SOURCE} (default: miniature)",
     )
     parser.add_argument("--reward", metavar="NAME", help="another reward than the source's")
+    parser.add_argument(
+        "--fit", choices=("pad", "crop"),
+        help="how the reward sees a picture: whole, with black beside it, or its centre square; default: as in the"
+        " reward's official scoring, which is pad for hpsv2 and crop for others",
+    )  # fmt: skip
     parser.add_argument("--reward-path", metavar="FILE", help="its weights")
     parser.add_argument("--liked", metavar="WORD,WORD", help="liked control words")
     parser.add_argument("--disliked", metavar="WORD,WORD", help="disliked control words")
@@ -131,23 +162,41 @@ def _score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="NAME",
-        help="NAME.csv and NAME.json are written (default: srpo_scores beside the first picture)",
+        help="NAME.csv, .json and .html are written (default: srpo_scores beside the first picture)",
     )
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", help="the folder of a run")
-    parser.add_argument("--checkpoint", default="last", metavar="NAME", help="last, best or a step (default last)")
     parser.add_argument(
-        "--what", choices=("auto", "lora", "transformer"), default="auto",
-        help="auto: the LoRA of a LoRA run, else the transformer; transformer: with the LoRA merged into it",
+        "source", metavar="SOURCE", help="the folder of a run, or a transformer or LoRA: a file, or a diffusers folder"
+    )
+    parser.add_argument(
+        "--out", metavar="PATH",
+        help="a .safetensors file, or a folder in diffusers format (default for a run: in its export/)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", metavar="PATH", help="a .safetensors file or a folder for diffusers (default: in export/)"
-    )
+        "--what", choices=("auto", "lora", "transformer", "vae"), default="auto",
+        help="of a run; auto: the LoRA of a LoRA run, else the transformer; transformer: with all LoRAs merged into it",
+    )  # fmt: skip
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 for a LoRA, else model.dtype"
+        "--format", choices=("diffusers", "comfyui"),
+        help="names inside: diffusers' (folder or file), or FLUX's original ones, as ComfyUI's files have (one file); a"
+        " LoRA has one form that both read (default: diffusers; comfyui for a VAE)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "scaled-fp8"),
+        help="scaled-fp8: 8 bits with a scale for each matrix, for --format comfyui (default: float32 for a LoRA, else"
+        " model.dtype of a run and the file's own of a file)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--merge", action="append", default=[], metavar="LORA[:STRENGTH]",
+        help="add a LoRA file to the transformer SOURCE; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--extract", metavar="BASE", help="write a LoRA that turns the transformer BASE into SOURCE, of rank --rank"
     )
+    parser.add_argument("--rank", type=_positive, metavar="N", help="rank of the extracted LoRA")
+    parser.add_argument("--checkpoint", metavar="NAME", help="of a run: last (default), best or a step")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument(
         "--raw", action="store_true", help="the weights themselves, where the run also keeps their average"
@@ -159,7 +208,19 @@ def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="the page (default: report.html in the first run)")
 
 
+def _download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="what to fetch; --list says what there is")
+    parser.add_argument(
+        "--to", nargs="+", default=["cache"], metavar="PLACE",
+        help="cache: the Hugging Face cache (default); comfyui [FOLDER]: ComfyUI's model folders; default folder:"
+        " COMFYUI_PATH, or the ComfyUI in whose custom_nodes this project lies",
+    )  # fmt: skip
+    parser.add_argument("--yes", action="store_true", help="go ahead without asking")
+    parser.add_argument("--list", action="store_true", help="list what can be fetched and what is here already")
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", metavar="FILE", help="say what these weight files or folders are instead")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -212,7 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"srpo: {error}", file=sys.stderr)
+        from srpo_core.parallel import process_name
+
+        print(f"{process_name()}: {error}", file=sys.stderr)
         return code
 
 

@@ -49,6 +49,8 @@ def train(args: Namespace) -> int:
     config = train_config(args.source, args.overrides)
     from srpo_core.run_folder import check_start
 
+    if args.check:
+        return _check(config, args.resume)
     check_start(config, resume=args.resume)
     from srpo_core.assemble import assemble
     from srpo_core.trainer import STOPPED_EXIT_CODE
@@ -61,6 +63,14 @@ def train(args: Namespace) -> int:
         print(f"Go on with:  {command_line('train', run_dir, '--resume')}")
         return STOPPED_EXIT_CODE
     _say_where(config, run_dir)
+    return 0
+
+
+def _check(config: RunConfig, resume: bool) -> int:
+    from srpo_core.plan import check_run
+
+    lines = check_run(config, resume)
+    print("The run is fine to start:\n" + "".join(f"  {name:<12} {text}\n" for name, text in lines), end="")
     return 0
 
 
@@ -94,6 +104,7 @@ def sample(args: Namespace) -> int:
     """Draw pictures and say where they are."""
     config = load_run(run_source(args.source), args.overrides)
     from srpo_core import sampling
+    from srpo_core.lora import ChosenLora
 
     run_dir = run_folder(args.source)
     checkpoint = sampling.chosen_checkpoint(run_dir, args.checkpoint)
@@ -102,35 +113,60 @@ def sample(args: Namespace) -> int:
     settings = sampling.SampleSettings.of(config, args.steps, args.guidance)
     name = checkpoint.name if checkpoint is not None else "base"
     folder = Path(args.out) if args.out else (run_dir / "samples" / name if run_dir else Path("samples"))
-    files = sampling.sample(
+    outcome = sampling.sample(
         config, checkpoint, settings, folder,
-        prompts=args.prompt, prompts_file=args.prompts, lora=Path(args.lora) if args.lora else None,
+        prompts=args.prompt, prompts_file=args.prompts,
+        loras=[ChosenLora.parse(text) for text in args.lora or ()],
         seeds=range(args.seed, args.seed + args.count), batch_size=args.batch_size, overwrite=args.overwrite,
     )  # fmt: skip
-    print(f"{len(files)} {'picture' if len(files) == 1 else 'pictures'} in {folder}")
-    source = [] if config.reward.name == "miniature" else ["--source", args.source]
+    if not outcome.complete:  # another process draws on, and the last one says where everything is
+        return 0
+    count = len(outcome.files)
+    kept = "" if outcome.drawn else "; they were there already" if count > 1 else "; it was there already"
+    print(f"{count} {'picture' if count == 1 else 'pictures'} in {folder}{kept}")
+    source = [] if config.reward == load_run("miniature").reward else ["--source", args.source]  # score's own default
     print(f"Score them with:  {command_line('score', folder, *source)}")
     return 0
 
 
+def encode(args: Namespace) -> int:
+    """Encode prompts and say where their embeddings are."""
+    config = train_config(args.source, args.overrides)
+    if args.out is not None:
+        config.data.embeddings = args.out
+    from srpo_core.encoding import encode_run
+
+    done = encode_run(config, args.prompts)
+    print(done, flush=True)
+    if args.out is not None and done.world.is_main:
+        print(f"Train with them:  {command_line('train', args.source, *args.overrides, f'data.embeddings={args.out}')}")
+    return 0
+
+
 def score(args: Namespace) -> int:
-    """Score pictures, print the table and write it as CSV and JSON."""
-    config = load_run(run_source(args.source)).reward
+    """Score pictures: the table on the terminal, as CSV and JSON, and a page to look through."""
+    config = load_run(run_source(args.source))
     chosen = {
         "name": args.reward,
         "path": args.reward_path,
         "liked": _words(args.liked),
         "disliked": _words(args.disliked),
+        "fit": args.fit,
     }
-    model = load_run(run_source(args.source)).model if args.measures else None
-    from srpo_core import scoring
+    from srpo_core import score_files, score_tables, scoring
+    from srpo_core.progress import Display
+    from srpo_core.report.score_page import Thumbnails, write_score_page
 
-    settings = scoring.reward_settings(config, chosen)
-    pictures = scoring.find_pictures([Path(name) for name in args.images], Path(args.prompts) if args.prompts else None)
-    rows = scoring.score_pictures(pictures, settings, model, args.device, args.batch_size)
+    settings = scoring.reward_settings(config.reward, chosen)
+    pictures = score_files.find_pictures([Path(name) for name in args.images], args.prompts, config.data.prompt_column)
+    thumbnails, model = Thumbnails(len(pictures)), config.model if args.measures else None
+    with Display() as display:
+        rows = scoring.score_pictures(pictures, settings, model, args.device, args.batch_size, thumbnails.add, display)
     out = Path(args.out) if args.out else pictures[0].path.parent / "srpo_scores"
-    scoring.print_table(rows)
-    print(f"Written: {' and '.join(str(path) for path in scoring.write_tables(rows, settings, out))}")
+    score_tables.print_table(rows, settings)
+    tables = score_tables.write_tables(rows, settings, out)
+    page = write_score_page(rows, settings, thumbnails.uris, out, out.resolve().parent.name)
+    print(f"Written: {', '.join(str(path) for path in tables)}\nPage:    {page}")
     return 0
 
 
@@ -139,21 +175,10 @@ def _words(text: str | None) -> list[str] | None:
 
 
 def export(args: Namespace) -> int:
-    """Write a run's weights and say where they are."""
-    from safetensors import safe_open
+    """Write weights in another form and say where they are."""
+    from srpo_core.export.command import export
 
-    from srpo_core.export import export_run
-
-    averaged = False if args.raw else None
-    path = export_run(args.run_dir, args.out, args.what, args.checkpoint, averaged, args.dtype, args.overwrite)
-    print(f"Written: {path}")
-    if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            is_lora = any(".lora_A." in name for name in file.keys())  # noqa: SIM118 (no mapping)
-        print(f"ComfyUI finds it in its models/{'loras' if is_lora else 'diffusion_models'} folder.")
-    else:
-        print("It is in diffusers format; with --out NAME.safetensors it becomes one file for ComfyUI.")
-    return 0
+    return export(args)
 
 
 def report(args: Namespace) -> int:
@@ -164,10 +189,24 @@ def report(args: Namespace) -> int:
     return 0
 
 
-def doctor(args: Namespace) -> int:
-    """Print what is installed and what is missing; 0 where the required parts are fine."""
-    from srpo_core.doctor import examine
+def download(args: Namespace) -> int:
+    """List what can be downloaded, or download it."""
+    from srpo_core import download as downloads
 
+    if args.list or not args.names:
+        print(downloads.listing())
+        return 0
+    return downloads.run(args.names, args.to, args.yes)
+
+
+def doctor(args: Namespace) -> int:
+    """Print what is installed and what is missing, or what given files are; 0 where the required parts are fine."""
+    from srpo_core.doctor import describe_files, examine
+
+    if args.files:
+        lines, fine = describe_files(args.files)
+        print("\n".join(lines))
+        return 0 if fine else 1
     findings = examine()
     print(findings.to_json() if args.json else findings.to_text())
     return 0 if findings.fine else 1

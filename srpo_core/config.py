@@ -65,31 +65,41 @@ class ModelConfig(Section):
     )
     tokenizers: PathText | None = Field(
         None,
-        description="folder with `tokenizer` (CLIP) and `tokenizer_2` (T5); unset: those of `path`, of ComfyUI if this project"
-        " lies in its custom_nodes, or of the Hugging Face cache (srpo download tokenizers)",
+        description="folder with `tokenizer` (CLIP) and `tokenizer_2` (T5); unset: those of `path` or beside the text"
+        " encoders' folders, of ComfyUI if this project lies in its custom_nodes or COMFYUI_PATH names it, or of the"
+        " Hugging Face cache (srpo download tokenizers)",
     )
-    t5_memory: Literal["full", "fp8", "offload"] = Field(
+    t5_memory: Literal["full", "8bit", "offload"] = Field(
         "full",
-        description="how T5 is held while prompts are encoded: in model.dtype, its weights in 8 bits (half the memory,"
-        " slightly other embeddings), or on the host, a layer at a time on the device (slow, least memory)",
+        description="how T5 is held while prompts are encoded: in model.dtype; its matrices in 8 bits, expanded one at"
+        " a time (half the memory; those of an fp8 file as they are, others rounded: embeddings about 4 % off); or on"
+        " the host, a layer at a time on the device (slow, least memory)",
     )
     lora: PathText | None = Field(
         None,
-        description="LoRA .safetensors file merged into the transformer first: training goes on from there",
+        description="LoRA .safetensors file, under any trainer's names, merged into the transformer first: training"
+        " goes on from there; the run's own LoRA is exported alone and needs this one too, its transformer holds both",
     )
     lora_strength: float = Field(1.0, ge=-10, le=10, description="strength with which model.lora is merged")
+    frozen_memory: Literal["full", "8bit"] = Field(
+        "full",
+        description="how the matrices that a LoRA leaves frozen are held: in model.dtype, or in 8 bits, expanded one at"
+        " a time (half the memory, rounded to 1/254 of each row's largest)",
+    )
 
 
 class DataConfig(Section):
     prompts: PathText = Field(
         "builtin",
-        description="training prompts: a text file with one per line, a .csv, .jsonl or .json file or a Hugging Face"
-        " dataset's folder (data.prompt_column), a folder of images with captions, or `builtin` for the family's own",
+        description="training prompts: a text file with one per line, a .csv, .jsonl, .json or .parquet file, a Hugging"
+        " Face dataset's folder (data.prompt_column), a folder of images with captions, or `builtin` for the family's"
+        " own",
     )
     photos: PathText | None = Field(
         None,
-        description="folder of images with captions (same name, .txt) to train on instead of rollouts of `prompts`;"
-        " each is scaled until it just covers its size and cropped around its centre",
+        description="folder of images with captions (same name, .txt, or a metadata.jsonl, metadata.csv or captions.csv"
+        " with file_name and text), folders in it included, to train on instead of rollouts of `prompts`; each is"
+        " turned upright, scaled until it just covers its size and cropped around its centre",
     )
     eval_prompts: PathText = Field(
         "builtin",
@@ -106,14 +116,16 @@ class DataConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="share of micro-batches that train on `photos`, where they are given; others roll out `prompts`",
+        description="share of micro-batches that train on `photos`, where they are given; others roll out `prompts`;"
+        " kept exactly over the run, in turns drawn by the seed",
     )
     bucket_step: int = Field(
         0,
         ge=0,
         le=512,
         description="0: every photo becomes width x height; else photos keep about their shape: each takes the size, in"
-        " multiples of this many pixels, with the nearest aspect ratio and about width x height pixels",
+        " multiples of this many pixels, with the nearest aspect ratio between 9:21 and 21:9 and at most width x"
+        " height pixels; a batch holds one size (64 suits most models)",
     )
     embeddings: PathText | None = Field(
         None,
@@ -162,7 +174,7 @@ class AlignConfig(Section):
     )
     k_inversion: tuple[float, float] = Field(
         (0.3, 0.01),
-        description="the same for the inversion branch; a first number slightly above k_denoise's first cures"
+        description="the same for the inversion branch; a first number slightly above k_denoise's second cures"
         " over-saturation",
     )
 
@@ -179,7 +191,9 @@ class AlignConfig(Section):
 class MoreReward(Section):
     """A further reward in the loss."""
 
-    name: str = Field(description="a name in srpo_core.rewards.REWARDS, or module:function for your own")
+    name: str = Field(
+        description="a name in srpo_core.rewards.REWARDS, or your own as file.py:function or module:function"
+    )
     path: PathText | None = Field(None, description="its weights, where it needs some: a file or a folder")
     margin: float = Field(0.7, description="its loss is relu(margin - score)")
     scale: float = Field(1.0, gt=0, description="its values become (value - offset) * scale before anything else")
@@ -190,9 +204,15 @@ class MoreReward(Section):
 
 class RewardConfig(Section):
     name: str = Field(
-        "clip", description="reward to train on: a name in srpo_core.rewards.REWARDS, or module:function for your own"
+        "clip",
+        description="reward to train on: a name in srpo_core.rewards.REWARDS, or your own as file.py:function or"
+        " module:function",
     )
-    path: PathText | None = Field(None, description="its weights, where it needs some: a file or a folder")
+    path: PathText | None = Field(
+        None,
+        description="its weights, where it needs some: a file or a folder; unset: where `srpo download` puts them, in"
+        " ComfyUI's models/srpo_rewards or the Hugging Face cache",
+    )
     liked: list[str] = Field(
         ["Natural-lighting", "Detail", "Detailed", "Real"],
         min_length=1,
@@ -254,7 +274,7 @@ class LoraConfig(Section):
     start: PathText | None = Field(
         None,
         description="LoRA .safetensors file whose matrices training starts from, instead of one without effect; its"
-        " rank and layers must be those of lora.rank and lora.targets",
+        " rank and layers must be those of lora.rank and lora.targets, its effect is kept whatever its alpha",
     )
 
 

@@ -19,6 +19,31 @@ from pydantic import BaseModel, ValidationError
 
 from srpo_core.config import ConfigError, RunConfig, nearest
 
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_train_steps": "optim.steps",
+    "max_steps": "optim.steps",
+    "gradient_accumulation_steps": "optim.accumulation",
+    "lr_scheduler": "optim.schedule",
+    "lr_warmup_steps": "optim.warmup_steps",
+    "adam_weight_decay": "optim.weight_decay",
+    "gradient_clipping": "optim.max_grad_norm",
+    "train_batch_size": "data.batch_size",
+    "resolution": "data.height",
+    "image_folder": "data.photos",
+    "gradient_checkpointing": "model.recompute",
+    "mixed_precision": "model.dtype",
+    "pretrained_model_name_or_path": "model.path",
+    "lora_rank": "lora.rank",
+    "network_dim": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "network_alpha": "lora.alpha",
+    "reward_model": "reward.name",
+    "output_dir": "output.dir",
+    "checkpointing_steps": "output.checkpoint_every",
+}
+"""What other programs call our settings."""
+
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -111,7 +136,8 @@ def _explain(error: ValidationError) -> str:
             siblings = [n for n in names if location[1:] and n.split(".")[:-1] == location[:-1]] or list(
                 RunConfig.model_fields
             )
-            everywhere = [n for n in names if n.split(".")[-1] == location[-1]]
+            wanted = ELSEWHERE.get(location[-1].lower(), location[-1])
+            everywhere = [n for n in names if wanted in (n, n.split(".")[-1])]
             hint = f"; did you mean {everywhere[0]!r}?" if everywhere else nearest(name, siblings)
             lines.append(f"unknown setting {name!r}{hint}")
         else:

@@ -1,4 +1,4 @@
-"""What is installed here, what is missing, and how to get it. Imports nothing that might not be there."""
+"""What is installed here, what is missing, and how to get it. Packages that may be broken are imported only to try."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from srpo_core import places
+from srpo_core.catalogue import CATALOGUE
 
 PURPOSE = {
     "torch": "everything",
     "diffusers": "the FLUX transformer and autoencoders",
-    "transformers": "text encoders and CLIP rewards",
+    "transformers": "text encoders, CLIP and PickScore rewards",
+    "accelerate": "models that are built before their weights are read",
+    "tokenizers": "tokenizers of rewards",
+    "huggingface_hub": "srpo download, and finding what was downloaded",
     "peft": "LoRA training",
+    "open_clip_torch": "the HPS v2.1 reward, and CLIP rewards in open_clip's format",
     "safetensors": "weights, checkpoints, exports",
     "filelock": "one process at a time in a run's folder",
     "pydantic": "settings",
@@ -28,8 +36,8 @@ PURPOSE = {
     "rich": "progress bars and tables",
     "matplotlib": "figures",
     "tensorboard": "curves while training (output.tensorboard)",
-    "open_clip_torch": "rewards in open_clip's format (none is built in yet)",
-    "hpsv2": "the HPS v2 authors' own scorer, for comparison (not used yet)",
+    "pyarrow": "prompts in .parquet and .arrow files",
+    "hpsv2": "the HPS v2 authors' own scorer; nothing here needs it",
     "flash-attn": "faster attention on recent NVIDIA GPUs (not used yet)",
     "comfy-cli": "installing ComfyUI (the nodes are still to come)",
 }
@@ -64,6 +72,10 @@ class Findings:
     miniature: str | None
     """what is wrong with the miniature's weights; None: they are intact"""
     warnings: list[str]
+    model_places: list[str]
+    """where models are looked for"""
+    models: dict[str, str | None]
+    """where each of the catalogue's models is; None: not here"""
 
     @property
     def fine(self) -> bool:
@@ -87,7 +99,7 @@ class Findings:
                 mark = "ok " if part.problem is None else "-- " if part.installed is None and not required else "!! "
                 state = part.installed or "not installed"
                 lines.append(f"  {mark}{part.name:<{width}}  {state:<14} {part.wanted:<9} {part.purpose}")
-        lines += ["", f"miniature weights: {self.miniature or 'there and intact'}"]
+        lines += ["", f"miniature weights: {self.miniature or 'there and intact'}", *self._models_text()]
         lines += [f"warning: {warning}" for warning in self.warnings]
         for part in self.parts:
             if part.problem is not None and (part.required or part.installed is not None):
@@ -102,6 +114,17 @@ class Findings:
             else "required parts are missing or broken: see the problems above",
         ]
         return "\n".join(lines)
+
+    def _models_text(self) -> list[str]:
+        """Which of the catalogue's models are here and the settings that take them."""
+        lines = ["", *(f"models are looked for in {place}" for place in self.model_places)]
+        for name, path in self.models.items():
+            if path is not None:
+                lines.append(f"  ok {name:<12}  {places.setting_for(CATALOGUE[name], Path(path))}={path}")
+        absent = [name for name, path in self.models.items() if path is None]
+        if absent:
+            lines.append(f"  not here: {', '.join(absent)} (srpo download NAME gets one)")
+        return lines
 
 
 def examine() -> Findings:
@@ -120,7 +143,42 @@ def examine() -> Findings:
         parts=parts,
         miniature=weights_problem(Path(__file__).parent / "miniature" / "weights"),
         warnings=warnings,
+        **_models(),
     )
+
+
+def _models() -> dict[str, Any]:
+    """The findings about the catalogue's models; nothing where huggingface_hub is missing, which says so itself."""
+    try:
+        found = {name: places.find(name) for name in CATALOGUE}
+    except ImportError:
+        return {"model_places": [], "models": {}}
+    return {"model_places": model_places(), "models": {name: path and str(path) for name, path in found.items()}}
+
+
+def model_places() -> list[str]:
+    """Where models are looked for, in words."""
+    root = places.comfyui_root()
+    if root is None:
+        return [f"{places.cache_root()} (Hugging Face); no ComfyUI is known, COMFYUI_PATH would name its folder"]
+    return [f"{root / 'models'} (ComfyUI)", f"{places.cache_root()} (Hugging Face)"]
+
+
+def describe_files(names: Sequence[str]) -> tuple[list[str], bool]:
+    """(a line about each file or folder of weights, whether all of them are weights)."""
+    from srpo_core.config import ConfigError
+    from srpo_core.rewards.files import PICKLED, read_shapes, seems
+    from srpo_core.weights.recognise import describe_file
+
+    lines, fine = [], True
+    for name in names:
+        try:
+            kind = seems(read_shapes(name, "")) if Path(name).suffix in PICKLED else describe_file(name)
+            lines.append(f"{name}: {kind or 'weights of a kind that is not known here'}")
+        except ConfigError as error:
+            lines.append(str(error))
+            fine = False
+    return lines, fine
 
 
 def requirements() -> list[tuple[str, bool]]:
@@ -134,7 +192,7 @@ def requirements() -> list[tuple[str, bool]]:
     try:
         listed = metadata.requires("comfyui-srpo") or []
     except metadata.PackageNotFoundError:
-        extras = {"open_clip_torch", "hpsv2", "flash-attn", "comfy-cli"}
+        extras = {"pyarrow", "hpsv2", "flash-attn", "comfy-cli"}
         return [(name, name not in extras) for name in PURPOSE]
     found = [
         (text.split(";")[0].strip(), "extra ==" not in text) for text in listed if not re.search(r"extra == .dev", text)

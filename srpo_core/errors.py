@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
+
+from srpo_core.config import ConfigError
+
 
 class TrainingError(RuntimeError):
     """A run can't go on. The message says what happened, at which step and in which phase, and what to try."""
@@ -9,3 +15,41 @@ class TrainingError(RuntimeError):
 
 class NotFiniteError(TrainingError):
     """A loss or a gradient is NaN or infinite."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether the error is of a device or of the host that has no memory left."""
+    import torch
+
+    told = "out of memory" in str(error) or "can't allocate memory" in str(error)  # MPS and the CPU have no own class
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
+@contextlib.contextmanager
+def enough_memory(phase: str, advice: str) -> Iterator[None]:
+    """Inside the context, running out of memory is a TrainingError that names the phase and what to try."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        if not ran_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines()
+        raise TrainingError(f"{phase}: out of memory; {advice}" + (f". {lines[0]}" if lines else "")) from error
+
+
+@contextlib.contextmanager
+def blamed_on(part: str) -> Iterator[None]:
+    """Inside the context, an unexpected error is a TrainingError that says whose it is and where it was raised."""
+    try:
+        yield
+    except (TrainingError, ConfigError):
+        raise
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise TrainingError(
+            f"{part} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        ) from error

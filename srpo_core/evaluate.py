@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from srpo_core.columns import means
 from srpo_core.errors import TrainingError
 from srpo_core.files import write_atomic
 from srpo_core.interfaces import FlowModel
-from srpo_core.preview import Gallery, means, to_pil
+from srpo_core.preview import Gallery, to_pil
 
 When = Literal["before", "after"]
 

@@ -92,7 +92,10 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class Reward(Protocol):
-    """A score of images for texts: higher is better, differentiable in the images, ignorant of SRPO."""
+    """A score of images for texts: higher is better, differentiable in the images, ignorant of SRPO.
+
+    One that doesn't read the texts says so: `reads_prompts = False`.
+    """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] and n * B prompts -> [n * B].
@@ -121,6 +124,16 @@ class Components:
     text_encoder: TextEncoder
     measures: Mapping[str, Measure] = field(default_factory=dict)
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    full_precision: bool = False
+    """Whether the flow's weights are wanted in float32, as when all are trained; set before `flow` is first read."""
+    side: int | None = None
+    """Side in pixels of the square pictures that the flow was trained on, where other sizes come out worse."""
+    notes: Sequence[str] = ()
+    """What the user should know about its files."""
+
+    def outline(self) -> TrainableFlow:
+        """The flow for questions of shape: a large family that has not loaded it answers with a module on meta."""
+        return self.flow
 
     def release(self, part: str) -> None:
         """Forget a part that has done its work ("text_encoder"), and give its memory back."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +15,37 @@ from torch import Tensor
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
 from srpo_core.checkpoint import copy_tensors, read_tensors
 from srpo_core.config import RunConfig
-from srpo_core.errors import NotFiniteError
+from srpo_core.errors import NotFiniteError, blamed_on
 from srpo_core.flow import shifted_sigmas
-from srpo_core.interfaces import Autoencoder, Reward, TrainableFlow
+from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
 from srpo_core.metrics import Clock, StepMetrics
 from srpo_core.optim import Average, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from srpo_core.parallel import World
+from srpo_core.parallel import World, attention_with_gradient
 from srpo_core.photos import load_photos
-from srpo_core.preference import ControlWords, hinge_loss, preferred_and_other, relative_score, two_wordings
-from srpo_core.prompts import PromptSequence
+from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
+from srpo_core.rewards.mixture import WeightedReward, weighted_mean
 from srpo_core.rollout import Rollout, rollout, rollout_from_images
+from srpo_core.training_data import TrainingData
+
+
+@dataclass
+class Parts:
+    """What a run is made of, as live objects: nothing here knows a family or a reward by name."""
+
+    flow: TrainableFlow
+    """What requires a gradient in its module is trained."""
+    autoencoder: Autoencoder
+    rewards: Sequence[WeightedReward]
+    words: ControlWords
+    data: TrainingData
+    held_out: PromptBatch
+    """The prompts of previews, evaluation and drift, encoded."""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    """What state.json tells of a LoRA: {"rank", "alpha", "targets"}."""
+    notes: Sequence[str] = ()
+    """What the user should know before training starts."""
 
 
 class Learner:
@@ -31,70 +54,86 @@ class Learner:
     A step is a function of its number and of what the learner holds: no random state goes from one step to the next.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        flow: TrainableFlow,
-        autoencoder: Autoencoder,
-        reward: Reward,
-        words: ControlWords,
-        prompts: PromptSequence,
-    ) -> None:
+    def __init__(self, config: RunConfig, world: World, parts: Parts) -> None:
         self.config, self.world = config, world
-        self.flow, self.autoencoder, self.reward = flow, autoencoder, reward
-        self.words, self.prompts = words, prompts
-        self.latent_shape = flow.latent_shape(config.data.height, config.data.width)
-        self.trained = {name: p for name, p in flow.module.named_parameters() if p.requires_grad}
+        self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
+        self.words, self.data = parts.words, parts.data
+        self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.trained, config.optim)
         self.average = Average(self.trained, config.optim.ema_decay) if config.optim.ema_decay else None
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... NotFiniteError leaves the weights as they were before the step."""
-        optim, align = self.config.optim, self.config.align
         liked, disliked = self.words.pair(number)
-        tally = _Tally()
-        for micro in range(optim.accumulation):
+        tally = _Tally(self.rewards)
+        for micro in range(self.config.optim.accumulation):
             with clock.phase("rollout"):
                 clean = self._rollout(number, micro)
-                _require_finite(clean.clean, number, "the rollout")
-            with clock.phase("gradient"):
-                for draw in range(align.draws_per_rollout):
+                on_photos = self.data.on_photos(self._micro(number, micro))
+                tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
+                _require_finite(clean.clean, "the rollout")
+            with clock.phase("gradient"), attention_with_gradient():
+                for draw in range(self.config.align.draws_per_rollout):
                     for branch, align_step in self._align_steps(number, micro, draw):
-                        preferred, other = preferred_and_other(liked, disliked, align_step.denoises)
-                        images = self.autoencoder.decode(direct_align(self.flow, clean, align_step, align.guidance))
-                        rewards = two_wordings(self.reward, images, clean.prompts.prompts, preferred, other)
-                        score = relative_score(*rewards, align_step.k) * self.config.reward.scale
-                        loss = hinge_loss(score, self.config.reward.margin, len(align.branches))
-                        loss = loss / (optim.accumulation * align.draws_per_rollout)
-                        _require_finite(loss, number, f"the loss of the {branch} branch")
+                        loss = self._branch_loss(clean, branch, align_step, (liked, disliked), tally)
+                        _require_finite(loss, f"the loss of the {branch} branch")
                         loss.backward()
-                        tally.add(branch, loss, score, rewards[0], align_step)
         with clock.phase("optimizer"):
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), optim.max_grad_norm)
-            _require_finite(grad_norm, number, "the gradient")
-            lr = learning_rate(optim, number)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.average is not None:
-                self.average.update(number)
+            grad_norm, lr = self._update(number)
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **tally.summary())
+
+    def _branch_loss(
+        self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: _Tally
+    ) -> Tensor:
+        """A branch's part of the step's loss, with gradient."""
+        optim, align = self.config.optim, self.config.align
+        preferred, other = preferred_and_other(*words, align_step.denoises)
+        recovered = direct_align(self.flow, clean, align_step, align.guidance)
+        with blamed_on("the autoencoder (model.autoencoder)"):
+            images = self.autoencoder.decode(recovered)
+        scores, preferred_values, loss = {}, {}, torch.zeros((), device=images.device)
+        for part in self.rewards:
+            with blamed_on(f"the reward (reward.name={part.name!r})"):
+                pair = two_wordings(part.reward, images, clean.prompts.prompts, preferred, other)
+            preferred_values[part.name] = pair[0].detach()
+            score = part.score(*pair, align_step.k)
+            scores[part.name] = score.detach()
+            loss = loss + part.loss(score, len(align.branches))
+        loss = loss / (optim.accumulation * align.draws_per_rollout)
+        tally.add(branch, loss, scores, preferred_values, align_step)
+        return loss
+
+    def _update(self, number: int) -> tuple[Tensor, float]:
+        """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
+        optim = self.config.optim
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), optim.max_grad_norm)
+        _require_finite(grad_norm, "the gradient")
+        lr = learning_rate(optim, number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(number)
+        return grad_norm, lr
+
+    def _micro(self, number: int, micro: int) -> int:
+        """The run's micro-batch 0, 1, ... of a step's."""
+        return (number - 1) * self.config.optim.accumulation + micro
 
     def _rollout(self, number: int, micro: int) -> Rollout:
         """Clean latents of the micro-batch's prompts: sampled from noise, or encoded from their photos."""
         config, world = self.config, self.world
-        size = config.data.batch_size
-        batch = ((number - 1) * config.optim.accumulation + micro) * world.size + world.rank
-        prompts, photos = self.prompts.at(batch * size, size)
-        prompts = prompts.to(world.device)
-        noise_rank = 0 if config.rollout.same_noise and not photos else world.rank
+        batch = self.data.at(self._micro(number, micro), world.rank, world.size)
+        prompts = batch.prompts.to(world.device)
+        noise_rank = 0 if config.rollout.same_noise and not batch.photos else world.rank
         generator = generator_for(config.seed, number, noise_rank, f"noise {micro}")
-        noise = torch.randn(size, *self.latent_shape, generator=generator).to(world.device)
-        if photos:
-            images = load_photos(photos, config.data.height, config.data.width).to(world.device)
-            return rollout_from_images(self.autoencoder, images, prompts, noise)
+        shape = self.flow.latent_shape(batch.height, batch.width)
+        noise = torch.randn(len(prompts), *shape, generator=generator).to(world.device)
+        if batch.photos:
+            images = load_photos(batch.photos, batch.height, batch.width).to(world.device)
+            with blamed_on("the autoencoder (model.autoencoder)"):
+                return rollout_from_images(self.autoencoder, images, prompts, noise)
         sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
         return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance)
 
@@ -108,11 +147,6 @@ class Learner:
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Inside the context the model holds the averaged weights, if the run keeps an average."""
         return self.average.applied() if self.average is not None else contextlib.nullcontext()
-
-    def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights, two moments, and the average if there is one."""
-        copies = 4 if self.average is not None else 3
-        return copies * sum(p.numel() * p.element_size() for p in self.trained.values())
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a checkpoint needs, by file."""
@@ -128,10 +162,10 @@ class Learner:
         load_optimizer_tensors(self.optimizer, self.trained, read_tensors(folder, "optimizer"))
 
 
-def _require_finite(value: Tensor, number: int, what: str) -> None:
+def _require_finite(value: Tensor, what: str) -> None:
     if not bool(torch.isfinite(value).all()):
         raise NotFiniteError(
-            f"step {number}: {what} is not finite (NaN or infinite), so the run stops before the weights take it in;"
+            f"{what} is not finite (NaN or infinite), so the run stops before the weights take it in;"
             " try a lower optim.lr, optim.warmup_steps, or model.dtype=float32"
         )
 
@@ -139,25 +173,46 @@ def _require_finite(value: Tensor, number: int, what: str) -> None:
 class _Tally:
     """Sums up a step's branches."""
 
-    def __init__(self) -> None:
-        self.loss = 0.0
+    def __init__(self, rewards: Sequence[WeightedReward]) -> None:
+        self.parts = rewards
+        self.loss: list[Tensor] = []
         self.score: dict[str, list[Tensor]] = defaultdict(list)
         self.reward: dict[str, list[Tensor]] = defaultdict(list)
+        self.scores: dict[str, dict[str, list[Tensor]]] = {part.name: defaultdict(list) for part in rewards}
+        self.rewards: dict[str, dict[str, list[Tensor]]] = {part.name: defaultdict(list) for part in rewards}
         self.sigma: list[Tensor] = []
+        self.source: dict[str, int] = defaultdict(int)
 
-    def add(self, branch: str, loss: Tensor, score: Tensor, preferred_reward: Tensor, align_step: AlignStep) -> None:
-        self.loss += float(loss.detach())
-        self.score[branch].append(score.detach())
-        self.reward[branch].append(preferred_reward.detach())
+    def add(
+        self, branch: str, loss: Tensor, scores: dict[str, Tensor], preferred: dict[str, Tensor], align_step: AlignStep
+    ) -> None:
+        """A branch's loss, and by reward its scores and the preferred wording's values, each [B], no gradient."""
+        self.loss.append(loss.detach())
+        if len(self.parts) == 1:
+            (score,), (value,) = scores.values(), preferred.values()
+        else:
+            score = weighted_mean(scores, self.parts)
+            value = weighted_mean({part.name: part.normalised(preferred[part.name]) for part in self.parts}, self.parts)
+        self.score[branch].append(score)
+        self.reward[branch].append(value)
+        for part in self.parts:
+            self.scores[part.name][branch].append(scores[part.name])
+            self.rewards[part.name][branch].append(preferred[part.name])
         self.sigma.append(torch.as_tensor(align_step.sigma))
 
-    def summary(self) -> dict[str, float | dict[str, float]]:
+    def summary(self) -> dict[str, Any]:
         def mean(values: list[Tensor]) -> float:
             return float(torch.stack(values).float().mean())
 
+        def by_branch(values: dict[str, list[Tensor]]) -> dict[str, float]:
+            return {branch: mean(each) for branch, each in values.items()}
+
+        by_reward = {"scores": self.scores, "rewards": self.rewards} if len(self.parts) > 1 else {}
         return {
-            "loss": self.loss,
-            "score": {branch: mean(values) for branch, values in self.score.items()},
-            "reward": {branch: mean(values) for branch, values in self.reward.items()},
+            "loss": float(torch.stack(self.loss).sum()),
+            "score": by_branch(self.score),
+            "reward": by_branch(self.reward),
+            **{key: {name: by_branch(each) for name, each in of.items()} for key, of in by_reward.items()},
             "sigma": mean(self.sigma),
+            "source": dict(self.source),
         }

@@ -40,6 +40,12 @@ class StepMetrics:
     peak_memory_gib: float | None = None
     preview: dict[str, float] = field(default_factory=dict)
     """Means over the preview prompts, on steps that drew them."""
+    source: dict[str, int] = field(default_factory=dict)
+    """Prompts that were rolled out ("rollouts") and photos trained on ("photos") in their place."""
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Where several rewards are mixed: each one's own `score`, by its name and branch."""
+    rewards: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Where several rewards are mixed: each one's own `reward`, in its own range, by its name and branch."""
 
     def line(self) -> dict[str, Any]:
         """As written to metrics.jsonl: what is unset is left out, numbers that aren't finite are null."""
@@ -93,14 +99,26 @@ def metrics_file(run_dir: Path | str) -> Path:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The run's lines so far; a last line that a killed run left torn is left out. Empty if there is no file yet."""
+    """The run's lines so far, by step; those that can't be read are left out. Empty if there is no file yet."""
+    return parse_metrics(run_dir)[0]
+
+
+def parse_metrics(run_dir: Path | str) -> tuple[list[dict[str, Any]], int]:
+    """(lines in order of step, how many are damaged). A step that stands twice counts as its later line.
+
+    A last line that a killed run left torn, or that is being written, is no damage.
+    """
     path = metrics_file(run_dir)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    steps: dict[int, dict[str, Any]] = {}
+    damaged = 0
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            steps[int(line["step"])] = line
+        except (ValueError, KeyError, TypeError):
+            damaged += number < len(lines)
+    return [steps[step] for step in sorted(steps)], damaged
 
 
 class MetricsLog:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from srpo_core.config import ConfigError, ParallelConfig
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,31 @@ class World:
         """Whether this process writes the run's files and talks to the terminal."""
         return self.rank == 0
 
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This process's part of a list, in order: each size-th item from `rank` on. All parts make up the list."""
+        return list(items[self.rank :: self.size])
+
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def attention_with_gradient() -> Iterator[None]:
+    """Inside the context CUDA attention keeps to kernels whose backward pass can be trusted.
+
+    cuDNN's gave NaN or illegal accesses on FLUX's shapes (torch 2.11, H100 and H200). Recomputed blocks choose their
+    kernel in the backward pass, so that belongs inside too.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,7 +73,54 @@ def choose_device(name: str) -> torch.device:
 
 def make_world(config: ParallelConfig) -> World:
     """The world of a single process. ConfigError if it was started as one of several, or without its device."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _from_launcher("WORLD_SIZE", 1)
     if size > 1:
-        raise ConfigError(f"WORLD_SIZE={size}: training with several processes is not there yet; start a single one")
+        raise ConfigError(
+            f"WORLD_SIZE={size}: only `srpo sample` and `srpo encode` share their work among processes; start this"
+            " command as a single one, without torchrun"
+        )
     return World(rank=0, size=1, device=choose_device(config.device))
+
+
+def divided_world(config: ParallelConfig) -> World:
+    """This process's place in work that divides, by torchrun's RANK, WORLD_SIZE and LOCAL_RANK; no process group.
+
+    Each process takes the GPU of its LOCAL_RANK. ConfigError if there is none for it, or if the launcher's numbers or
+    parallel.device don't fit.
+    """
+    size, rank = _from_launcher("WORLD_SIZE", 1), _from_launcher("RANK", 0)
+    if size < 1 or not 0 <= rank < size:
+        raise ConfigError(f"RANK={rank}, WORLD_SIZE={size}: a rank lies in 0 ... WORLD_SIZE - 1; torchrun sets both")
+    if size > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
+        return World(rank, size, _own_gpu(_from_launcher("LOCAL_RANK", rank)))
+    device = choose_device(config.device)
+    if size > 1 and device.index is not None:
+        raise ConfigError(
+            f"parallel.device={config.device!r} with {size} processes: write cuda, and each takes its own"
+        )
+    return World(rank, size, device)
+
+
+def _own_gpu(local_rank: int) -> torch.device:
+    there = torch.cuda.device_count()
+    if local_rank >= there:
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}: this machine shows {there} GPUs; start at most one process for each"
+            f" (--nproc-per-node={there})"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def process_name() -> str:
+    """What messages call this process: "srpo", or one of several "srpo, rank 1 of 4"."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return f"srpo, rank {os.environ.get('RANK', '0')} of {size}" if size != "1" else "srpo"
+
+
+def _from_launcher(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} in the environment is no whole number; torchrun sets it") from None

@@ -62,16 +62,6 @@ def relative_reward(
     return relative_score(*two_wordings(reward, images, prompts, preferred, other), k)
 
 
-def rewards_by_word(
-    reward: Reward, images: Tensor, prompts: Sequence[str], words: ControlWords
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """r of the plain prompts [B], and r of the wording with each control word [B], in one reward call."""
-    every = list(dict.fromkeys([*words.liked, *words.disliked]))
-    texts = [*prompts, *(wording(word, prompt) for word in every for prompt in prompts)]
-    plain, *worded = reward(images, texts).float().view(len(every) + 1, len(prompts))
-    return plain, dict(zip(every, worded, strict=True))
-
-
 def liked_less_disliked(by_word: Mapping[str, Tensor], words: ControlWords) -> Tensor:
     """Mean of r over the liked wordings less that over the disliked ones, [B]."""
     liked, disliked = (torch.stack([by_word[word] for word in side]).mean(0) for side in (words.liked, words.disliked))

@@ -13,14 +13,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from srpo_core.columns import Scores, score_columns
 from srpo_core.files import write_atomic
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, FlowModel, Measure, PromptBatch, Reward
-from srpo_core.preference import ControlWords, liked_less_disliked, rewards_by_word
+from srpo_core.preference import ControlWords
 from srpo_core.rollout import rollout
-
-Scores = dict[str, list[float]]
-"""By name ("reward", "relative", a measure's name): a number per prompt."""
 
 
 @torch.no_grad()
@@ -58,29 +56,19 @@ def score_images(
     prompts: Sequence[str],
     reward: Reward,
     words: ControlWords,
+    contrast: tuple[str, str] | None = None,
     measures: Mapping[str, Measure] | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
 ) -> Scores:
-    """Scores of images [n, 3, H, W] in [0, 1] for n prompts.
-
-    "reward" is r of the plain prompt; "relative" the mean of r over the liked wordings less that over the disliked.
-    """
-    scores: Scores = {name: [] for name in ("reward", "relative", *(measures or {}))}
+    """Scores of images [n, 3, H, W] in [0, 1] for n prompts: the columns of columns.py."""
+    scores: Scores = {}
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].to(device)
         texts = list(prompts[start : start + batch_size])
-        plain, by_word = rewards_by_word(reward, batch, texts, words)
-        scores["reward"] += plain.tolist()
-        scores["relative"] += liked_less_disliked(by_word, words).tolist()
-        for name, measure in (measures or {}).items():
-            scores[name] += measure(batch, texts).float().tolist()
+        for name, values in score_columns(reward, batch, texts, words, contrast, measures).items():
+            scores.setdefault(name, []).extend(values.tolist())
     return scores
-
-
-def means(scores: Scores) -> dict[str, float]:
-    """The mean of each score over its prompts."""
-    return {name: math.fsum(values) / len(values) for name, values in scores.items()}
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -113,6 +101,7 @@ class Gallery:
     autoencoder: Autoencoder
     reward: Reward
     words: ControlWords
+    contrast: tuple[str, str]
     measures: Mapping[str, Measure]
     num_steps: int
     shift: float
@@ -127,8 +116,9 @@ class Gallery:
             self.batch_size, self.device, on_batch,
         )  # fmt: skip
         scores = score_images(
-            images, self.prompts.prompts, self.reward, self.words, self.measures, self.batch_size, self.device
-        )
+            images, self.prompts.prompts, self.reward, self.words, self.contrast, self.measures, self.batch_size,
+            self.device,
+        )  # fmt: skip
         return images, scores
 
 

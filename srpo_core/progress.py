@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from srpo_core.columns import is_detail
 from srpo_core.metrics import StepMetrics
 
 LINES_EVERY = 10
@@ -45,7 +46,6 @@ class Display:
         self._total = 0
 
     def __enter__(self) -> Display:
-        self._bar.start()
         return self
 
     def __exit__(
@@ -66,6 +66,7 @@ class Display:
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
+        self._bar.start()
         self._began, self._first, self._total = time.monotonic(), done, total
         if not self.console.is_terminal:
             self.say(f"{name}: {total - done} to do")
@@ -84,8 +85,9 @@ class Display:
         self.advance(metrics.step, f"score: {scores}{drift}")
 
     def scores(self, title: str, scores: Mapping[str, float]) -> None:
-        """Mean scores of a preview or an evaluation."""
-        self.say(f"{title}: " + "  ".join(f"{name} {value:+.4f}" for name, value in scores.items()))
+        """Mean scores of a preview or an evaluation, without those of single words and of a mixture's parts."""
+        told = {name: value for name, value in scores.items() if not is_detail(name)}
+        self.say(f"{title}: " + "  ".join(f"{name} {value:+.4f}" for name, value in told.items()))
 
     def _time_left(self, done: int) -> str:
         per_step = (time.monotonic() - self._began) / max(1, done - self._first)

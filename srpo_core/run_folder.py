@@ -20,7 +20,7 @@ from srpo_core.description import load_run
 from srpo_core.files import write_atomic
 from srpo_core.metrics import read_metrics
 
-FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute")
+FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute", "data.embeddings")
 """Settings that leave the course of a run as it is, so that a resumed run may have other values."""
 
 
@@ -83,10 +83,15 @@ def changed_settings(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any,
 
 def write_record(config: RunConfig, device: torch.device) -> None:
     """run.json: the settings, and what they were run with."""
-    packages = ("torch", "diffusers", "transformers", "peft", "comfyui-srpo")
-    made_with = {"versions": {name: _version(name) for name in packages}, "python": platform.python_version()}
-    record = {**config.model_dump(), "made_with": {**made_with, "device": device_name(device)}}
+    record = {**config.model_dump(), "made_with": made_with(device)}
     write_atomic(Path(config.output.dir) / "run.json", json.dumps(record, indent=1))
+
+
+def made_with(device: torch.device) -> dict[str, Any]:
+    """Versions and device, for records: {"versions": {package: version}, "python", "device"}."""
+    packages = ("torch", "diffusers", "transformers", "peft", "comfyui-srpo")
+    versions = {name: _version(name) for name in packages}
+    return {"versions": versions, "python": platform.python_version(), "device": device_name(device)}
 
 
 def _version(package: str) -> str | None:
@@ -111,11 +116,12 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
     needed = max(1, at_once - present) * checkpoint_bytes
     if needed > free:
         raise ConfigError(
-            f"output.dir={config.output.dir!r}: the run's checkpoints need about {_size(needed)} more"
-            f" ({_size(checkpoint_bytes)} each, {at_once} at once), {_size(free)} are free; make room, name a folder on"
-            " another disk, lower output.keep_checkpoints or train a LoRA"
+            f"output.dir={config.output.dir!r}: the run's checkpoints need about {size_text(needed)} more"
+            f" ({size_text(checkpoint_bytes)} each, {at_once} at once), {size_text(free)} are free; make room,"
+            " name a folder on another disk, lower output.keep_checkpoints or train a LoRA"
         )
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,33 +1,39 @@
-"""Pictures of prompts from a base or trained model, as PNG files that say how they were made."""
+"""Pictures of prompts from a base or trained model, drawn by one process or shared among several (torchrun)."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from srpo_core import checkpoint as checkpoints
 from srpo_core.config import ConfigError, RunConfig
+from srpo_core.embeddings import StoredPrompts, embedding_cache, encode
+from srpo_core.errors import NotFiniteError
 from srpo_core.export import find_checkpoint
-from srpo_core.interfaces import Components
+from srpo_core.files import fingerprint
+from srpo_core.flow import shifted_sigmas
+from srpo_core.interfaces import Components, PromptBatch, TrainableFlow
+from srpo_core.lora import ChosenLora, linear_shapes, merge_lora
 from srpo_core.models import load_model
-from srpo_core.parallel import make_world
-from srpo_core.preview import sample_images, to_pil
-from srpo_core.prompts import encode, read_prompts
+from srpo_core.parallel import World, divided_world
+from srpo_core.picture_files import Picture, check_places, is_drawn, make_folder, plan, save_picture, write_index
+from srpo_core.preview import sample_images
+from srpo_core.progress import Display
+from srpo_core.prompts import read_prompts
 from srpo_core.randomness import fixed_noise
+from srpo_core.run_folder import made_with
+from srpo_core.weights.lora_names import Lora, check_lora, read_lora
 
 DEFAULT_PROMPTS = 4
 """Held-out prompts that are drawn where none are given."""
+MODEL_PARTS = {"family", "path", "transformer", "autoencoder", "clip", "t5", "t5_memory", "lora"}
+FINAL_STEPS = {"flux": 50}
+"""Euler steps of a family's finished pictures, where they are more than those of previews: 50 as published for FLUX."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,10 @@ class SampleSettings:
 
     @classmethod
     def of(cls, config: RunConfig, steps: int | None = None, guidance: float | None = None) -> SampleSettings:
-        """A run's way to draw previews, with other steps or guidance where given."""
+        """A run's way to draw finished pictures, with other steps or guidance where given."""
+        default_steps = FINAL_STEPS.get(config.model.family, config.output.preview_steps)
         return cls(
-            steps=config.output.preview_steps if steps is None else steps,
+            steps=default_steps if steps is None else steps,
             guidance=config.output.preview_guidance if guidance is None else guidance,
             shift=config.rollout.shift,
             height=config.data.height,
@@ -53,13 +60,12 @@ class SampleSettings:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to draw: its prompt (and that prompt's place among the prompts), its seed and its file."""
+class Outcome:
+    """What one process did: every picture's file, how many it drew, and whether by now all are there."""
 
-    prompt: str
-    index: int
-    seed: int
-    path: Path
+    files: list[Path]
+    drawn: int
+    complete: bool
 
 
 def chosen_checkpoint(run_dir: Path | None, name: str | None) -> Path | None:
@@ -76,94 +82,6 @@ def chosen_checkpoint(run_dir: Path | None, name: str | None) -> Path | None:
     return find_checkpoint(run_dir, name or "last")
 
 
-@torch.no_grad()
-def merge_lora(module: nn.Module, path: Path) -> int:
-    """Add a LoRA file (`[transformer.]<layer>.lora_A.weight`, `.lora_B.weight`, `.alpha`) to a module; how many layers.
-
-    ConfigError if the file can't be read, holds no LoRA or one for another model.
-    """
-    try:
-        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--lora {path} can't be read: {error}") from error
-    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    if not layers:
-        raise ConfigError(f"--lora {path} holds no LoRA: no name ends with .lora_A.weight")
-    modules = dict(module.named_modules())
-    for layer in layers:
-        down, up = tensors[f"{layer}.lora_A.weight"].float(), tensors.get(f"{layer}.lora_B.weight")
-        target = modules.get(f"{layer}.base_layer", modules.get(layer))  # base_layer: under another LoRA
-        shape = tuple(target.weight.shape) if isinstance(target, nn.Linear) else None
-        if up is None or shape != (up.shape[0], down.shape[1]):
-            raise ConfigError(f"--lora {path} is for another model: its layer {layer} doesn't fit")
-        scale = float(tensors.get(f"{layer}.alpha", torch.tensor(float(len(down))))) / len(down)
-        target.weight += (scale * up.float() @ down).to(target.weight)
-    return len(layers)
-
-
-def load_trained(config: RunConfig, checkpoint: Path | None, lora: Path | None, device: torch.device) -> Components:
-    """The model of a run, with a checkpoint's weights (the average, where it has one) and a LoRA file on top."""
-    components = load_model(config.model, device)
-    module = components.flow.module
-    if checkpoint is not None:
-        checkpoints.load_weights(checkpoint, module)
-    if lora is not None:
-        merge_lora(module, lora)
-    module.requires_grad_(False).eval()
-    return components
-
-
-def plan(prompts: Sequence[str], seeds: Sequence[int], folder: Path, overwrite: bool) -> list[Picture]:
-    """The pictures of all prompts and seeds. ConfigError if a file is there already and may not be replaced."""
-    pictures = []
-    for index, prompt in enumerate(prompts):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
-        for seed in seeds:
-            pictures.append(Picture(prompt, index, seed, folder / f"{index:03d}-{slug}-{seed}.png"))
-    there = [picture.path for picture in pictures if picture.path.exists()]
-    if there and not overwrite:
-        more = f" and {len(there) - 1} more exist" if len(there) > 1 else " exists"
-        raise ConfigError(f"{there[0]}{more} already; --overwrite replaces them, --out names another folder")
-    return pictures
-
-
-def save_png(image: Tensor, path: Path, text: dict[str, str]) -> None:
-    """Write [3, H, W] in [0, 1] with text chunks, beside its place first."""
-    info = PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".tmp-{path.name}")
-    to_pil(image).save(beside, "PNG", pnginfo=info)
-    os.replace(beside, path)
-
-
-def draw(
-    components: Components,
-    pictures: Sequence[Picture],
-    settings: SampleSettings,
-    device: torch.device,
-    batch_size: int,
-    on_images: Callable[[Sequence[Picture], Tensor], None],
-) -> None:
-    """Draw pictures a batch at a time: `on_images(pictures, images [b, 3, H, W] on the CPU)` after each.
-
-    A picture's noise depends on its seed and size alone, so neither the batch size nor the other prompts change it.
-    """
-    shape = components.flow.latent_shape(settings.height, settings.width)
-    prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
-    encoded = encode(components.text_encoder, prompts)
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        noise = torch.cat([fixed_noise(picture.seed, 1, shape, "sample") for picture in batch])
-        chosen = encoded.select([prompts.index(picture.prompt) for picture in batch])
-        images = sample_images(
-            components.flow, components.autoencoder, chosen, noise, settings.steps, settings.shift, settings.guidance,
-            batch_size, device,
-        )  # fmt: skip
-        on_images(batch, images)
-
-
 def sample(
     config: RunConfig,
     checkpoint: Path | None,
@@ -171,50 +89,142 @@ def sample(
     folder: Path,
     prompts: Sequence[str] | None = None,
     prompts_file: str | None = None,
-    lora: Path | None = None,
+    loras: Sequence[ChosenLora] = (),
     seeds: Sequence[int] = (0,),
     batch_size: int | None = None,
     overwrite: bool = False,
-) -> list[Path]:
-    """Draw each prompt once per seed into `folder`, with a progress bar; the files.
+) -> Outcome:
+    """Draw each prompt once per seed into `folder`; of several processes each draws its share, rank 0 tells how far.
 
-    Prompts: given, of a file, or else the first few of the run's held-out ones. ConfigError before any drawing if
-    something is wrong with them, the size or the files.
+    A picture depends on its prompt, seed and settings; batches are formed before they are shared out, so the bytes do
+    not depend on the number of processes. Pictures that are there already with the same settings are kept, unless
+    `overwrite` has all drawn anew. Prompts: given, of a file, or else the first few of the run's held-out ones.
+    ConfigError before any drawing if something is wrong with them, the size, the weights or the files.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    world = divided_world(config.parallel)
     if prompts is None and prompts_file is not None:
-        prompts = read_prompts(prompts_file, "--prompts")
+        prompts = read_prompts(prompts_file, "--prompts", column=config.data.prompt_column)
     if prompts is not None and not all(prompt.strip() for prompt in prompts):
         raise ConfigError("--prompt is empty")
-    if prompts is not None:
-        plan(prompts, seeds, folder, overwrite)
-    world = make_world(config.parallel)
-    components = load_trained(config, checkpoint, lora, world.device)
+    weights = TrainedWeights(checkpoint, [(read_lora(lora.path, "--lora"), lora.strength) for lora in loras])
+    components = load_model(config.model, world.device)
+    weights.check(components.outline(), settings)
     if prompts is None:
         held_out = read_prompts(config.data.eval_prompts, "data.eval_prompts", components.prompts.get("eval", ()))
         prompts = held_out[:DEFAULT_PROMPTS]
-    pictures = plan(prompts, seeds, folder, overwrite)
-    made_by = _made_by(config, checkpoint, lora, settings)
-    bar = Progress(TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with bar:
-        task = bar.add_task("", total=len(pictures))
+    pictures = plan(prompts, seeds, folder)
+    make_folder(folder)
+    shared = _shared_record(config, checkpoint, settings, loras, world)
+    size = batch_size or config.data.batch_size
+    batches = world.share([pictures[start : start + size] for start in range(0, len(pictures), size)])
+    if not overwrite:
+        check_places(pictures, shared)
+        batches = [batch for batch in batches if not all(is_drawn(picture, shared) for picture in batch)]
+    drawn = 0
+    if batches:
+        with Display(quiet=not world.is_main) as display:
+            encoded = _encode(config, components, batches, display)
+            weights.load_into(components)
+            total = sum(map(len, batches))
+            display.phase("drawing" if world.size == 1 else f"drawing (process 1 of {world.size})", total)
+            for batch in batches:
+                images = draw(components, batch, encoded, settings, world.device)
+                for picture, image in zip(batch, images, strict=True):
+                    save_picture(image, picture, shared)
+                drawn += len(batch)
+                display.advance(drawn)
+    return Outcome([picture.path for picture in pictures], drawn, write_index(pictures, shared))
 
-        def save(batch: Sequence[Picture], images: Tensor) -> None:
-            for picture, image in zip(batch, images, strict=True):
-                save_png(image, picture.path, {"prompt": picture.prompt, "seed": str(picture.seed), "srpo": made_by})
-            bar.advance(task, len(batch))
 
-        draw(components, pictures, settings, world.device, batch_size or config.data.batch_size, save)
-    return [picture.path for picture in pictures]
+@dataclass(frozen=True)
+class TrainedWeights:
+    """What is laid over a family's own transformer: a checkpoint (its average, where it has one), then LoRAs."""
+
+    checkpoint: Path | None
+    loras: Sequence[tuple[Lora, float]] = ()
+
+    def check(self, outline: TrainableFlow, settings: SampleSettings) -> None:
+        """ConfigError if a LoRA or the pictures' size isn't one for this model."""
+        shapes = linear_shapes(outline.module)
+        for lora, _ in self.loras:
+            check_lora(lora, shapes)
+        try:
+            outline.latent_shape(settings.height, settings.width)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"data.height={settings.height}, data.width={settings.width}: {error}") from error
+
+    def load_into(self, components: Components) -> None:
+        """Load the transformer, lay these weights over it and freeze it."""
+        module = components.flow.module
+        if self.checkpoint is not None:
+            checkpoints.load_weights(self.checkpoint, module)
+        for lora, strength in self.loras:
+            merge_lora(module, lora, strength)
+        module.requires_grad_(False).eval()
 
 
-def _made_by(config: RunConfig, checkpoint: Path | None, lora: Path | None, settings: SampleSettings) -> str:
-    """What a picture's metadata says of the model and settings, as JSON."""
+def _encode(
+    config: RunConfig, components: Components, batches: Sequence[Sequence[Picture]], display: Display
+) -> PromptBatch | StoredPrompts:
+    """The prompts of some batches, each once; the text encoder's memory is free afterwards.
+
+    One at a time: a prompt's embedding, to its last bit, does not depend on what else is encoded.
+    """
+    prompts = list(dict.fromkeys(picture.prompt for batch in batches for picture in batch))
+    has_place = config.data.embeddings or Path(config.output.dir).is_dir()
+    cache = embedding_cache(components.text_encoder, config) if has_place else None
+    encoded = encode(components.text_encoder, prompts, 1, cache, display)
+    components.release("text_encoder")
+    return encoded
+
+
+@torch.no_grad()
+def draw(
+    components: Components,
+    batch: Sequence[Picture],
+    encoded: PromptBatch | StoredPrompts,
+    settings: SampleSettings,
+    device: torch.device,
+) -> Tensor:
+    """Images [b, 3, H, W] in [0, 1] of a batch, on the CPU. A picture's noise depends on its seed and size alone.
+
+    NotFiniteError if the model draws numbers that are none.
+    """
+    shape = components.flow.latent_shape(settings.height, settings.width)
+    noise = torch.cat([fixed_noise(picture.seed, 1, shape, "sample") for picture in batch])
+    chosen = encoded.select([encoded.prompts.index(picture.prompt) for picture in batch])
+    images = sample_images(
+        components.flow, components.autoencoder, chosen, noise, settings.steps, settings.shift, settings.guidance,
+        len(batch), device,
+    )  # fmt: skip
+    if not bool(torch.isfinite(images).all()):
+        raise NotFiniteError(
+            f"{batch[0].path.name}: the model's numbers are not finite (NaN or infinite), so nothing is written; try"
+            " model.dtype=float32, a lower --lora strength or another checkpoint"
+        )
+    return images
+
+
+def _shared_record(
+    config: RunConfig, checkpoint: Path | None, settings: SampleSettings, loras: Sequence[ChosenLora], world: World
+) -> dict[str, Any]:
+    """What every picture's record says of the model and the settings. Files by name, not by place: pictures travel."""
+    parts = config.model.model_dump(include=MODEL_PARTS, exclude_none=True)
+    files = {name: Path(value).name for name, value in parts.items() if name != "family"}
+    there = {name: Path(value) for name, value in parts.items() if name != "family" and Path(value).exists()}
     record: dict[str, Any] = {
-        "model": config.model.model_dump(include={"family", "path", "transformer"}, exclude_none=True),
-        "checkpoint": str(checkpoint) if checkpoint is not None else "base",
-        "lora": str(lora) if lora is not None else None,
         **asdict(settings),
+        "sigmas": [round(sigma, 6) for sigma in shifted_sigmas(settings.steps, settings.shift).tolist()],
+        "model": {"family": config.model.family, **files, "dtype": config.model.dtype},
+        "checkpoint": f"{checkpoint.parent.parent.name}/{checkpoint.name}" if checkpoint is not None else "base",
+        "loras": [{"file": lora.path.name, "strength": lora.strength} for lora in loras],
     }
-    return json.dumps({name: value for name, value in record.items() if value is not None})
+    if config.model.lora is not None:
+        record["model"]["lora_strength"] = config.model.lora_strength
+    if checkpoint is not None:
+        there["checkpoint"] = checkpoint
+    there |= {f"lora {i}": lora.path for i, lora in enumerate(loras)}
+    record["fingerprints"] = {name: fingerprint(path) for name, path in there.items()}
+    return {**record, "made_with": made_with(world.device)}

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from srpo_core.align import training_levels
 from srpo_core.checkpoint import describe_latest, latest, prune, read_state, save
-from srpo_core.config import RunConfig
+from srpo_core.columns import means
+from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.drift import VelocityProbe
-from srpo_core.errors import NotFiniteError, TrainingError
+from srpo_core.errors import TrainingError, enough_memory
 from srpo_core.evaluate import Evaluation, When
 from srpo_core.flow import shifted_sigmas
-from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, Reward, TrainableFlow
-from srpo_core.learner import Learner
+from srpo_core.learner import Learner, Parts
 from srpo_core.metrics import Clock, MetricsLog, StepMetrics, peak_memory_gib
 from srpo_core.parallel import World
-from srpo_core.preference import ControlWords
-from srpo_core.preview import Gallery, means, save_preview
+from srpo_core.preview import Gallery, save_preview
 from srpo_core.progress import Display
-from srpo_core.prompts import PromptSequence
 from srpo_core.randomness import fixed_noise
+from srpo_core.rewards.mixture import combined
 from srpo_core.rollout import rollout
-from srpo_core.run_folder import check_space, check_start, held, write_record
+from srpo_core.run_folder import check_start, held, write_record
 from srpo_core.stopping import StopRequested, StopSignals
 
 STOPPED_EXIT_CODE = 3
 """Exit code of a process whose run a signal stopped, with a checkpoint saved."""
 STOPPING = "stopping: the step is finished and saved first; once more aborts at once"
 PROBE_PROMPTS = 2
+LESS_MEMORY = (
+    "try model.recompute=true, a smaller data.batch_size or data.height and data.width, or a LoRA (lora.rank=16)"
+)
 EVALUATION_SETTINGS: dict[str, Any] = {
-    "model": {"family", "path", "transformer", "autoencoder", "dtype"},
+    "model": set(ModelConfig.model_fields) - {"recompute"},
     "data": {"height", "width"},
     "rollout": {"shift"},
     "reward": True,
@@ -43,14 +42,6 @@ EVALUATION_SETTINGS: dict[str, Any] = {
     "seed": True,
 }
 """What the base model's evaluation depends on, beside the prompts."""
-
-
-@dataclass(frozen=True)
-class RunPrompts:
-    """What is trained on, and the held-out prompts of previews, evaluation and drift; encoded, on the CPU."""
-
-    train: PromptSequence
-    held_out: PromptBatch
 
 
 @dataclass(frozen=True)
@@ -63,27 +54,15 @@ class Outcome:
 
 
 class Trainer:
-    """Trains the parameters of flow.module that require a gradient, once; knows no family and no reward by name.
+    """Trains the parameters of flow.module that require a gradient, once; knows no family and no reward by name."""
 
-    `lora` is what state.json tells of a LoRA: {"rank", "alpha", "targets"}.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        flow: TrainableFlow,
-        autoencoder: Autoencoder,
-        reward: Reward,
-        words: ControlWords,
-        prompts: RunPrompts,
-        measures: Mapping[str, Measure] | None = None,
-        lora: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.config, self.world, self.flow, self.lora = config, world, flow, lora
-        self.autoencoder, self.reward, self.words, self.measures = autoencoder, reward, words, measures or {}
-        self.held_out = prompts.held_out
-        self.learner = Learner(config, world, flow, autoencoder, reward, words, prompts.train)
+    def __init__(self, config: RunConfig, world: World, parts: Parts) -> None:
+        self.config, self.world, self.flow, self.lora = config, world, parts.flow, parts.lora
+        self.autoencoder, self.reward, self.words = parts.autoencoder, combined(parts.rewards), parts.words
+        self.measures, self.held_out = parts.measures, parts.held_out
+        self.notes = parts.notes
+        self.learner = Learner(config, world, parts)
+        self.latent_shape = self.flow.latent_shape(config.data.height, config.data.width)
         self.run_dir = Path(config.output.dir)
         self.previews = self._gallery(config.output.preview_prompts)
         self.display = Display(quiet=not world.is_main)
@@ -99,13 +78,14 @@ class Trainer:
         it fails.
         """
         check_start(self.config, resume)
-        check_space(self.config, self.learner.checkpoint_bytes())
         with held(self.run_dir):
             return self._run(resume)
 
     def _run(self, resume: bool) -> Outcome:
         write_record(self.config, self.world.device)
         with self.display, StopSignals(lambda: self.display.say(STOPPING)) as stop:
+            for note in self.notes:
+                self.display.say(note)
             if resume and latest(self.run_dir) is None:
                 self.display.say(f"no checkpoint in {self.run_dir} to go on from: starting from the base model")
             try:
@@ -116,7 +96,8 @@ class Trainer:
         return Outcome(self.metrics.step, True, self.run_dir)
 
     def _train(self, stop: StopSignals) -> None:
-        probe = self._probe()  # of the base weights, as is the evaluation before training
+        with enough_memory("the first rollout, before training", LESS_MEMORY):
+            probe = self._probe()  # of the base weights, as is the evaluation before training
         evaluation = self._evaluation()
         self._evaluate(evaluation, "before", stop)
         with self._resumed_log() as log:
@@ -149,15 +130,11 @@ class Trainer:
         self.display.step(metrics)
 
     def _learn(self, step: int, clock: Clock) -> StepMetrics:
-        try:
-            return self.learner.step(step, clock)
-        except NotFiniteError as error:
-            raise TrainingError(f"{error}; {describe_latest(self.run_dir)}") from error
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"step {step}: out of memory; try model.recompute=true, a smaller data.batch_size or data.height and"
-                f" data.width, or a LoRA (lora.rank=16); {describe_latest(self.run_dir)}. {error}"
-            ) from error
+        with enough_memory(f"step {step}", f"{LESS_MEMORY}; {describe_latest(self.run_dir)}"):
+            try:
+                return self.learner.step(step, clock)
+            except TrainingError as error:
+                raise TrainingError(f"step {step}: {error}; {describe_latest(self.run_dir)}") from error
 
     def _record_base(self, log: MetricsLog) -> None:
         """Step 0: a preview of the untrained model."""
@@ -173,8 +150,8 @@ class Trainer:
         config = self.config
         prompts = self.held_out.select(range(min(count, len(self.held_out))))
         return Gallery(
-            prompts, fixed_noise(config.seed, len(prompts), self.learner.latent_shape, "held-out"),
-            self.autoencoder, self.reward, self.words, self.measures,
+            prompts, fixed_noise(config.seed, len(prompts), self.latent_shape, "held-out"),
+            self.autoencoder, self.reward, self.words, config.reward.contrast, self.measures,
             config.output.preview_steps, config.rollout.shift, config.output.preview_guidance,
             config.data.batch_size, self.world.device,
         )  # fmt: skip
@@ -218,7 +195,8 @@ class Trainer:
             self.display.advance(done)
             stop.check()
 
-        with self.learner.averaged():
+        advice = "try a smaller data.batch_size or data.height and data.width, or output.evaluate_prompts=0"
+        with self.learner.averaged(), enough_memory(f"evaluation {when} training", advice):
             self.display.scores(f"evaluation {when} training", evaluation.make(when, step, self.flow, on_batch))
 
     def _probe(self) -> VelocityProbe:

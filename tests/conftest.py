@@ -4,4 +4,6 @@ from __future__ import annotations
 
 import torch
 
+import srpo_core  # noqa: F401 (mends a torchvision built for another torch, before tests import what needs it)
+
 torch.set_num_threads(1)

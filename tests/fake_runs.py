@@ -15,8 +15,21 @@ PROMPTS = [
 ]
 
 
-def make_run(folder, steps=40, of=None, prompts=12, seed=0, evaluation=True, previews=True, size=32, **overrides):
-    """Write a run of `steps` steps out of `of` (default: finished) into `folder`; returns it as a Path."""
+WORDS = {
+    **dict.fromkeys(("Natural-lighting", "Detail", "Detailed", "Real"), 1),
+    **dict.fromkeys(("Concept art", "Painting", "Anime", "Flat", "Oil"), -1),
+}
+"""Control words, and which way their rewards go."""
+
+
+def make_run(
+    folder, steps=40, of=None, prompts=12, seed=0, evaluation=True, previews=True, size=32, words=False, mixed=(),
+    **overrides,
+):  # fmt: skip
+    """Write a run of `steps` steps out of `of` (default: finished) into `folder`; returns it as a Path.
+
+    With rewards by control word if `words`, and those of the rewards `mixed`.
+    """
     folder, rng = Path(folder), np.random.default_rng(seed)
     folder.mkdir(parents=True)
     config = make_config(
@@ -32,17 +45,20 @@ def make_run(folder, steps=40, of=None, prompts=12, seed=0, evaluation=True, pre
     )
     made_with = {"versions": {"torch": "2.13.0", "diffusers": "0.42.1"}, "device": "cpu", "python": "3.11.7"}
     (folder / "run.json").write_text(json.dumps({**config.model_dump(mode="json"), "made_with": made_with}))
-    lines = [_line(step, steps, rng, previews and (step % 10 == 0 or step == steps)) for step in range(steps + 1)]
+    lines = [
+        _line(step, steps, rng, previews and (step % 10 == 0 or step == steps), words, mixed)
+        for step in range(steps + 1)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line))
     if previews:
         for step in range(0, steps + 1, 10):
             _preview(folder / "previews", step, step / steps, rng, size)
     if evaluation:
-        _evaluation(folder / "evaluation", prompts, rng, size)
+        _evaluation(folder / "evaluation", prompts, rng, size, words, mixed)
     return folder
 
 
-def _line(step, steps, rng, preview):
+def _line(step, steps, rng, preview, words, mixed):
     grown = step / steps
     line = {"step": step}
     if step:
@@ -66,6 +82,12 @@ def _line(step, steps, rng, preview):
             "look": 0.3 + 0.4 * grown,
             "content": 0.96,
         }
+        if words:
+            line["preview"] |= {"sgp": 0.01 + 0.03 * grown}
+            line["preview"] |= {f"word:{word}": 0.25 + sign * 0.02 * grown for word, sign in WORDS.items()}
+    if step and mixed:
+        line["scores"] = {name: {"denoise": 0.1 * grown, "inversion": 0.05} for name in mixed}
+        line["rewards"] = {name: {"denoise": 20 + grown, "inversion": 19.5} for name in mixed}
     return line
 
 
@@ -84,7 +106,7 @@ def _preview(folder, step, grown, rng, size):
     (folder / f"step-{step:06d}.json").write_text(json.dumps(data))
 
 
-def _evaluation(folder, count, rng, size):
+def _evaluation(folder, count, rng, size, words, mixed):
     level = rng.normal(size=count)
     before = {
         "reward": 0.25 + 0.01 * level, "relative": -0.02 + 0.02 * rng.normal(size=count),
@@ -92,6 +114,11 @@ def _evaluation(folder, count, rng, size):
         "look": 0.31 + 0.06 * level, "texture": 0.2 + 0.05 * level, "content": (rng.random(count) < 0.95) * 1.0,
     }  # fmt: skip
     rise = {"reward": 0.001, "relative": 0.07, "relative/Detail": 0.05, "look": 0.36, "texture": 0.4, "content": 0.0}
+    if words:
+        before |= {"sgp": 0.02 * level} | {f"word:{word}": 0.25 + 0.01 * level for word in WORDS}
+        rise |= {"sgp": 0.03} | {f"word:{word}": 0.03 * sign for word, sign in WORDS.items()}
+    before |= {f"reward:{name}": 20 + level for name in mixed}
+    rise |= {f"reward:{name}": 0.5 for name in mixed}
     after = {k: v + rise[k] + (0 if k == "content" else 0.02 * rng.normal(size=count)) for k, v in before.items()}
     for index in range(count):
         for side, texture in (("before", 0.1), ("after", 1.0)):

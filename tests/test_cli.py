@@ -52,7 +52,7 @@ def test_no_arguments_print_help(capsys):
 
 
 def test_every_command_has_help_and_a_function(capsys):
-    for name in ("train", "sample", "score", "export", "report", "doctor", "settings"):
+    for name in ("train", "sample", "score", "export", "report", "download", "doctor", "settings"):
         with pytest.raises(SystemExit) as stop:
             cli.main([name, "--help"])
         assert stop.value.code == 0
@@ -61,7 +61,7 @@ def test_every_command_has_help_and_a_function(capsys):
 
 
 def test_unknown_commands_and_options(capsys):
-    for arguments in (["trian"], ["train"], ["train", "miniature", "--bogus"], ["doctor", "x"]):
+    for arguments in (["trian"], ["train"], ["train", "miniature", "--bogus"], ["doctor", "--bogus"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
@@ -163,7 +163,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     [
         (["train", "no-such-preset"], "unknown preset 'no-such-preset'"),
         (["train", "TINY", "optim.stps=3"], "did you mean 'optim.steps'"),
-        (["train", "TINY", "reward.name=nothing"], "unknown reward 'nothing'"),
+        (["train", "TINY", "reward.name=nothing"], "reward.name='nothing': unknown reward"),
         (["train", "TINY", "data.height=17"], "data.height=17"),
         (["train", "TINY", "data.prompts=none.txt"], "no such file"),
         (["train", "FOLDER"], "is no run folder"),

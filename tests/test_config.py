@@ -1,6 +1,7 @@
 """Run descriptions: presets, overrides, and errors that name the setting."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from srpo_core.config import ConfigError, RunConfig, nearest
-from srpo_core.description import describe_fields, load_run, make_config, preset_names
+from srpo_core.description import ELSEWHERE, describe_fields, load_run, make_config, preset_names
 
 
 @pytest.fixture
@@ -174,3 +175,19 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
     config = make_config({"output": {"dir": "~/runs/one"}, "data": {"photos": "~/photos"}, "reward": {"path": "a~b"}})
     assert (config.output.dir, config.data.photos) == ("/home/someone/runs/one", "/home/someone/photos")
     assert config.reward.path == "a~b"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("lora.network_dim", "lora.rank")],
+)
+def test_what_other_programs_call_a_setting_is_understood(theirs, ours):
+    with pytest.raises(
+        ConfigError, match=rf"unknown setting '{re.escape(theirs)}'; did you mean '{re.escape(ours)}'\?"
+    ):
+        load_run("miniature", [f"{theirs}=1"])
+
+
+def test_every_foreign_name_leads_to_a_setting():
+    names = {name for name, *_ in describe_fields()}
+    assert set(ELSEWHERE.values()) <= names and not {name.split(".")[-1] for name in names} & ELSEWHERE.keys()

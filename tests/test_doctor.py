@@ -5,9 +5,11 @@ from importlib import metadata
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from srpo_core import doctor
+from srpo_core import cli, doctor
+from srpo_core.config import ConfigError
 
 PYPROJECT = """
 [project]
@@ -117,6 +119,41 @@ def test_this_installation(findings):
     data = json.loads(findings.to_json())
     assert data["fine"] is True
     assert {part["name"] for part in data["parts"]} == set(doctor.PURPOSE)
+
+
+def test_models_that_are_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    encoder = tmp_path / "models" / "clip" / "clip_l.safetensors"
+    cached = tmp_path / "cache" / "models--xswu--HPSv2"
+    reward = cached / "snapshots" / "1234" / "HPS_v2.1_compressed.pt"
+    for path, content in ((encoder, b""), (reward, b""), (cached / "refs" / "main", b"1234")):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    findings = doctor.examine()
+    assert {name for name, path in findings.models.items() if path} == {"clip-l", "hpsv2"}
+    text = findings.to_text()
+    assert f"model.clip={encoder}" in text
+    assert f"reward.path={reward}" in text
+    assert "not here: flux," in text
+
+
+def test_what_files_are(tmp_path, capsys):
+    save_file(
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 8)}, tmp_path / "a.safetensors"
+    )
+    torch.save({"layers.0.weight": torch.zeros(2, 2), "layers.7.weight": torch.zeros(1, 2)}, tmp_path / "head.pth")
+    assert cli.main(["doctor", str(tmp_path / "a.safetensors"), str(tmp_path / "head.pth")]) == 0
+    lora, head = capsys.readouterr().out.splitlines()
+    assert "LoRA" in lora
+    assert "aesthetic" in head
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>not found</html>")
+    torch.save({"x": ConfigError("code")}, tmp_path / "code.pt")
+    assert cli.main(["doctor", str(tmp_path / "page.safetensors"), str(tmp_path / "code.pt")]) == 1
+    page, code = capsys.readouterr().out.splitlines()
+    assert "web page" in page
+    assert page.startswith(str(tmp_path / "page.safetensors"))
+    assert code.startswith(str(tmp_path / "code.pt"))
 
 
 def test_a_missing_required_part_is_not_fine(findings):

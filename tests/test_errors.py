@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from tiny import PROMPTS, tiny_config
 from srpo_core import checkpoint, run_folder
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import latest, read_tensors
+from srpo_core.checks import size_notes
 from srpo_core.config import ConfigError, ParallelConfig, RunConfig
-from srpo_core.errors import TrainingError
+from srpo_core.description import load_run
+from srpo_core.errors import TrainingError, enough_memory, ran_out_of_memory
+from srpo_core.interfaces import Components
 from srpo_core.metrics import read_metrics
 from srpo_core.parallel import make_world
 from srpo_core.run_folder import check_space, check_start
@@ -24,8 +28,11 @@ from srpo_core.run_folder import check_space, check_start
     [
         ({"model__family": "flax"}, r"unknown model family 'flax'; did you mean 'flux'\?"),
         ({"model__family": "tiny:lode"}, r"tiny has no 'lode'"),
-        ({"reward__name": "clap"}, r"unknown reward 'clap'; did you mean 'clip'\?"),
-        ({"data__height": 30}, r"data.height=30: this model takes multiples of 4"),
+        ({"reward__name": "clap"}, r"reward.name='clap': unknown reward; did you mean 'clip'\?"),
+        (
+            {"data__height": 30},
+            r"data.height=30, data.width=16: this model takes multiples of 4; the nearest are 32 and 16",
+        ),
         ({"data__prompts": "nowhere.txt"}, r"data.prompts='nowhere.txt': no such file"),
         ({"data__eval_prompts": "nowhere.txt"}, r"data.eval_prompts='nowhere.txt': no such file"),
         ({"data__photos": "nowhere"}, r"data.photos='nowhere': no such folder"),
@@ -57,7 +64,7 @@ def test_an_empty_prompt_file_is_an_error(tmp_path):
 def test_files_are_checked_before_the_model_is_loaded(tmp_path):
     with pytest.raises(ConfigError, match=r"data.prompts"):
         assemble(tiny_config(tmp_path, model__family="no:such", data__prompts="nowhere.txt"))
-    with pytest.raises(ConfigError, match=r"unknown reward 'clap'"):
+    with pytest.raises(ConfigError, match=r"reward.name='clap': unknown reward"):
         assemble(tiny_config(tmp_path, model__family="no:such", reward__name="clap"))
 
 
@@ -150,7 +157,9 @@ def nan_reward(from_call: int, in_gradient: bool):
 )
 def test_nan_stops_before_the_weights_take_it_in(tmp_path, in_gradient, message):
     trainer = assemble(tiny_config(tmp_path, output__preview_every=0))
-    trainer.learner.reward = nan_reward(from_call=5, in_gradient=in_gradient)  # two calls a step
+    (one,) = trainer.learner.rewards
+    broken = nan_reward(from_call=5, in_gradient=in_gradient)  # two calls a step
+    trainer.learner.rewards = [replace(one, reward=broken)]
     with pytest.raises(TrainingError, match=rf"{message}.*lower optim.lr.*last good checkpoint is .*step-000002"):
         trainer.train()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
@@ -176,6 +185,78 @@ def test_running_out_of_memory_says_what_to_try(tmp_path):
     trainer.learner.autoencoder.decode = full
     with pytest.raises(TrainingError, match=r"step 1: out of memory; try model.recompute=true.*lora.rank"):
         trainer.train()
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "srpo_core.assemble.load_model",
+            r"loading the model: out of memory; .*lora.rank=16.*Tried to allocate 2 GiB.$",
+        ),
+        ("tiny.encode_text", r"encoding prompts: out of memory; try model.t5_memory"),
+        ("tiny.load_reward", r"loading the models: out of memory"),
+        ("srpo_core.trainer.rollout", r"the first rollout, before training: out of memory; try model.recompute=true"),
+        ("srpo_core.preview.sample_images", r"evaluation before training: out of memory; .*output.evaluate_prompts=0"),
+    ],
+)
+def test_running_out_of_memory_outside_a_step_names_the_phase(tmp_path, monkeypatch, place, message):
+    monkeypatch.setattr(place, out_of_memory)
+    with pytest.raises(TrainingError, match=message):
+        assemble(tiny_config(tmp_path, output__evaluate_prompts=2, output__preview_every=0)).train()
+
+
+def test_running_out_of_memory_in_a_preview_is_a_warning(tmp_path, capsys):
+    trainer = assemble(tiny_config(tmp_path))
+    trainer.measures["brightness"] = out_of_memory
+    assert trainer.train().finished
+    assert "the preview of step 0 failed, training goes on: OutOfMemoryError" in capsys.readouterr().out
+
+
+def test_a_host_without_memory_is_understood_too(tmp_path):
+    for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+                  RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")):  # fmt: skip
+        assert ran_out_of_memory(error)
+        with pytest.raises(TrainingError, match=r"here: out of memory; try that"), enough_memory("here", "try that"):
+            raise error
+    for error in (RuntimeError("shape mismatch"), ValueError("out of memory")):
+        assert not ran_out_of_memory(error)
+
+
+def test_a_part_that_fails_in_a_step_is_named_with_the_line(tmp_path):
+    def wrong_shape(images, prompts):
+        return images.mean()
+
+    trainer = assemble(tiny_config(tmp_path, output__preview_every=0))
+    trainer.learner.rewards = [replace(trainer.learner.rewards[0], reward=wrong_shape)]
+    with pytest.raises(
+        TrainingError, match=r"step 1: the reward \(reward.name='tiny:load_reward'\) failed: ValueError: .*score per"
+    ):
+        trainer.train()
+
+    def broken(latents):
+        raise IndexError("no such layer")
+
+    trainer = assemble(tiny_config(tmp_path, output__preview_every=0))
+    trainer.learner.autoencoder.decode = broken
+    with pytest.raises(
+        TrainingError, match=r"\(model.autoencoder\) failed: IndexError: no such .*test_errors.py, line \d+"
+    ):
+        trainer.train()
+
+
+def test_a_size_that_the_model_was_not_trained_at_is_told_once(tmp_path, capsys):
+    settings = ["data.height=64", "data.width=64", "optim.steps=1", f"output.dir={tmp_path}", "data.batch_size=1",
+                "output.evaluate_prompts=0", "output.preview_every=0", "rollout.num_steps=1"]  # fmt: skip
+    assemble(load_run("miniature", settings)).train()
+    out = capsys.readouterr().out
+    assert out.count("miniature was trained on pictures of 128 x 128; at 64 x 64") == 1
+    config = load_run("miniature")
+    assert size_notes(config, Components(None, None, None, side=128)) == []
 
 
 def test_output_dir_may_not_be_a_file(tmp_path):

@@ -5,18 +5,14 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, FluxTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import load, tiny_config
 from tiny_flux import random_latents, random_prompts, tiny_pipeline, tiny_transformer, tiny_vae
 
 from srpo_core import export
-from srpo_core.assemble import assemble
-from srpo_core.checkpoint import checkpoint_folder, read_tensors
 from srpo_core.config import ConfigError, LoraConfig
-from srpo_core.description import load_run, make_config
-from srpo_core.errors import TrainingError
+from srpo_core.export.vae import vae_comfyui_tensors
 from srpo_core.lora import add_lora
 from srpo_core.models.flux import FluxFlow, ImageAutoencoder
 
@@ -185,19 +181,35 @@ def test_a_comfyui_vae_decodes_the_flow_models_latents(scale, shift):
     """Through ComfyUI's FLUX latents (x / 0.3611 + 0.1159) and its TAESD's (x - vae_shift) * vae_scale."""
     autoencoder = ImageAutoencoder(AutoencoderTiny(latent_channels=16, scaling_factor=scale))
     autoencoder.shift = shift
-    tensors = export.vae_comfyui_tensors(autoencoder)
+    tensors = vae_comfyui_tensors(autoencoder)
     latents = torch.linspace(-3, 3, 7)
     decoded = (latents / 0.3611 + 0.1159 - tensors["vae_shift"]) * tensors["vae_scale"]
     assert torch.allclose(decoded, latents / scale + shift, atol=1e-5)
 
 
-def test_another_autoencoder_is_refused(tmp_path):
+def test_another_small_autoencoder_is_refused(tmp_path):
+    module = AutoencoderTiny(latent_channels=16, num_decoder_blocks=(1, 1, 1, 1))
     with pytest.raises(ConfigError, match="only the TAESD layout"):
-        export.export_vae_comfyui(ImageAutoencoder(tiny_vae()), tmp_path / "vae.safetensors", METADATA)
-    with pytest.raises(ConfigError, match="only the TAESD layout"):
-        module = AutoencoderTiny(latent_channels=16, num_decoder_blocks=(1, 1, 1, 1))
         export.export_vae_comfyui(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA)
+    other = tiny_vae()
+    other.register_to_config(scaling_factor=0.18)
+    with pytest.raises(ConfigError, match=r"scale 0\.18 and shift 0\.1159, ComfyUI's have 0\.3611 and 0\.1159"):
+        export.export_vae_comfyui(ImageAutoencoder(other), tmp_path / "vae.safetensors", METADATA)
+    with pytest.raises(ConfigError, match="only a transformer can be that, not a vae"):
+        export.export_vae(ImageAutoencoder(tiny_vae()), tmp_path / "vae.safetensors", METADATA, dtype="scaled-fp8")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_flux_autoencoders_keep_their_names(tmp_path):
+    """ComfyUI reads an AutoencoderKL under diffusers' names; a folder is diffusers' own."""
+    module = tiny_vae()
+    path = export.export_vae_comfyui(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA)
+    folder = export.export_vae(ImageAutoencoder(module), tmp_path / "vae", METADATA, format="diffusers")
+    again = AutoencoderKL.from_pretrained(folder)
+    for tensors in (load_file(path), again.state_dict()):
+        assert tensors.keys() == module.state_dict().keys()
+        assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in tensors.items())
+    assert (again.config.scaling_factor, again.config.shift_factor) == (0.3611, 0.1159)
 
 
 # ---- places
@@ -227,125 +239,3 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path):
     with pytest.raises(ConfigError, match="is a folder"):
         exported_lora(trained_lora(), tmp_path / "odd.safetensors", overwrite=True)
     assert (tmp_path / "home" / "letter.txt").read_text(encoding="utf-8") == "dear"
-
-
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
-    lora = trained_lora()
-    path = exported_lora(lora, tmp_path / "lora.safetensors")
-    folder = export.export_transformer(tiny_transformer(), tmp_path / "trained", METADATA)
-    contents = path.read_bytes(), (folder / "diffusion_pytorch_model.safetensors").read_bytes()
-
-    def full(tensors, place, *_):
-        place.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(export, "save_file", full)
-    with pytest.raises(TrainingError, match=r"could not be written: .*No space left"):
-        exported_lora(lora, path, overwrite=True)
-    with pytest.raises(TrainingError, match="No space left"):
-        export.export_transformer(tiny_transformer(), folder, METADATA, overwrite=True)
-    assert contents == (path.read_bytes(), (folder / "diffusion_pytorch_model.safetensors").read_bytes())
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["lora.safetensors", "trained"]
-
-
-# ---- from a run
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of a LoRA run and of a full run with a running average, four steps each."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
-    for kind, settings in {
-        "lora": {"lora__rank": 2, "lora__alpha": 3.0},
-        "full": {"optim__ema_decay": 0.9},
-    }.items():
-        trainer = assemble(tiny_config(folder / kind, output__keep_checkpoints=3, **settings))
-        trainer.train()
-        made[kind] = folder / kind, trainer.flow.module
-    return made
-
-
-def tiny_velocity(module):
-    """Of the family of tests/tiny.py, whose text is narrower."""
-    parts = load(tiny_config("unused").model, "cpu")
-    with torch.no_grad():
-        prompts = parts.text_encoder(["a red cat", "a tree"])
-        return FluxFlow(module).velocity(random_latents(), torch.tensor([0.9, 0.7]), prompts, 3.5)
-
-
-def fresh_transformer():
-    return load(tiny_config("unused").model, "cpu").flow.module
-
-
-def test_a_lora_run_becomes_a_lora_file(runs):
-    run_dir, module = runs["lora"]
-    path = export.export_run(run_dir)
-    assert path == run_dir / "export" / "lora-000004.safetensors"
-    transformer = fresh_transformer()
-    untouched = tiny_velocity(transformer)
-    pipeline = tiny_pipeline(transformer=transformer)
-    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-    assert relative_error(tiny_velocity(transformer), tiny_velocity(module)) < 1e-5
-    assert not torch.equal(tiny_velocity(module), untouched)
-    described = metadata(path)
-    assert described["srpo_step"] == "4"
-    assert described["srpo_weights"] == "trained"
-    record = json.loads(described["srpo_run"])
-    record.pop("made_with")
-    assert make_config(record) == load_run(str(run_dir / "run.json"))
-
-
-def test_a_lora_run_merges_into_a_transformer(runs, tmp_path):
-    run_dir, module = runs["lora"]
-    merged = FluxTransformer2DModel.from_pretrained(export.export_run(run_dir, tmp_path / "merged", what="transformer"))
-    assert relative_error(tiny_velocity(merged), tiny_velocity(module)) < 1e-5
-
-
-def test_a_full_run_becomes_its_average_or_its_trained_weights(runs, tmp_path):
-    run_dir, module = runs["full"]
-    average = read_tensors(checkpoint_folder(run_dir, 4), "ema")
-    out = export.export_run(run_dir)
-    assert out == run_dir / "export" / "full-000004"
-    tensors = load_file(out / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in average.items())
-    assert metadata(out / "diffusion_pytorch_model.safetensors")["srpo_weights"] == "averaged"
-    out = export.export_run(run_dir, tmp_path / "trained.safetensors", averaged=False)
-    trained = module.state_dict()
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file(out).items())
-    assert not torch.equal(trained["proj_out.weight"], tensors["proj_out.weight"])
-
-
-def test_any_checkpoint_can_be_exported(runs, tmp_path):
-    run_dir, _ = runs["lora"]
-    path = export.export_run(run_dir, tmp_path / "early.safetensors", checkpoint=2)
-    early = read_tensors(checkpoint_folder(run_dir, 2), "weights")
-    name, tensor = next(item for item in early.items() if ".lora_B." in item[0])
-    assert torch.equal(load_file(path)["transformer." + name.replace(".default", "")], tensor)
-    best = export.export_run(run_dir, tmp_path / "best.safetensors", checkpoint="best", dtype="float16")
-    assert int(metadata(best)["srpo_step"]) in (2, 4)
-    assert export.find_checkpoint(run_dir, "2") == checkpoint_folder(run_dir, 2)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("lora", {"checkpoint": 3}, "no checkpoint 3; there are step-000002, step-000004"),
-        ("lora", {"checkpoint": "newest"}, "last, best or a step, got 'newest'"),
-        ("lora", {"averaged": True}, r"no running average: .*optim\.ema_decay=0"),
-        ("lora", {"dtype": "float8"}, r"unknown dtype 'float8' \(choices: float32, bfloat16, float16\)"),
-        ("lora", {"out": "folder"}, r"a LoRA is one file: folder should end in \.safetensors"),
-        ("lora", {"what": "vae"}, "auto, lora or transformer, got 'vae'"),
-        ("full", {"what": "lora"}, "trained all parameters, not a LoRA"),
-    ],
-)
-def test_what_cant_be_exported_is_named(runs, kind, options, message):
-    with pytest.raises(ConfigError, match=message):
-        export.export_run(runs[kind][0], **options)
-
-
-def test_folders_without_a_run_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no run: there is no run\.json"):
-        export.export_run(tmp_path)
-    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match="has no checkpoint yet"):
-        export.export_run(tmp_path)

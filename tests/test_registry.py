@@ -22,16 +22,29 @@ def test_a_users_own_function_needs_no_table():
     assert resolve(TABLE, "reward", "json:dumps") is json.dumps
 
 
+def test_a_users_own_function_may_be_in_any_file(tmp_path):
+    code = "from dataclasses import dataclass\n\n@dataclass\nclass Thing:\n    size: 'int' = 3\n\nload = Thing\n"
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    load = resolve(TABLE, "reward", f"{path}:load")
+    assert load().size == 3
+    assert resolve(TABLE, "reward", f"{path}:load") is load  # run once
+    (tmp_path / "broken.py").write_text("from nothing_at_all import more")
+    with pytest.raises(ConfigError, match=r"broken.py:load' can't be imported: No module named 'nothing_at_all'"):
+        resolve(TABLE, "reward", f"{tmp_path / 'broken.py'}:load")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hps", r"unknown reward 'hps'; did you mean 'hpsv2'\? \(choices: hpsv2, clip, broken\); your own is written"),
+        ("hps", r"unknown reward 'hps'; did you mean 'hpsv2'\? \(choices: hpsv2, clip, broken\); your own is file.py:"),
         ("clip", r"reward 'clip': math has no 'no_such'"),
         ("broken", r"reward 'broken' can't be imported: No module named 'no_such_package'"),
         ("not_there:load", r"reward 'not_there:load' can't be imported"),
         ("json:nothing", r"reward 'json:nothing': json has no 'nothing'"),
         (":load", r"reward ':load'"),
         ("json:", r"reward 'json:'"),
+        ("no_such.py:load", r"reward 'no_such.py:load' can't be imported: .*No such file"),
     ],
 )
 def test_what_cant_be_resolved_is_named(name, message):

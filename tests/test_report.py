@@ -96,6 +96,33 @@ def test_text_from_files_is_escaped(tmp_path):
     assert '<script>alert("x")</script>' in text
 
 
+def test_control_words_and_a_mixture_have_their_place(tmp_path):
+    run = make_run(tmp_path / "run", words=True, mixed=("hpsv2", "pickscore"), steps=20)
+    page, text = page_of(run)
+    assert "Control words" in text and "Oil (disliked)" in text and "Real (liked)" in text
+    assert "Realism (SGP)" in text and "Realism (SGP)" in text.split("Before and after")[0]  # in the headline
+    assert 'class="cards six"' in page
+    assert "Score per branch: pickscore" in text and "Reward of the preferred wording: hpsv2" in text
+    assert "Previews: oil" not in text.lower()  # no chart for each word
+    main_table = text.split("What changed")[1].split("Control words")[0]
+    assert "pickscore" in main_table and "Oil" not in main_table
+    by_name = {change.name: change for change in changes([read_run(run).evaluation])}
+    assert by_name["word:Real"].verdict == "clear rise" and by_name["word:Oil"].verdict == "clear fall"
+    assert by_name["sgp"].effect.low > 0
+
+
+def test_runs_without_control_words_read_as_before(tmp_path):
+    page, text = page_of(make_run(tmp_path / "run"))
+    assert 'id="words"' not in page and "Realism" not in text
+    assert 'class="cards">' in page
+
+
+def test_several_runs_share_a_chart_of_control_words(tmp_path):
+    runs = [make_run(tmp_path / f"seed-{seed}", seed=seed, words=True, evaluation=seed < 2) for seed in range(3)]
+    _, text = page_of(*runs, out=tmp_path / "all.html")
+    assert "seed-2, disliked" in text and "means over words" in text
+
+
 @pytest.mark.parametrize("previews", [True, False])
 def test_an_unfinished_run(tmp_path, previews):
     run = make_run(tmp_path / "run", steps=20, of=60, evaluation=False, previews=previews)
@@ -223,6 +250,8 @@ def test_pooled_change_of_one_run_is_that_run():
 def test_order_of_measures():
     names = ["reward", "relative", "relative/Oil", "texture", "look"]
     assert measure_order(names) == ["look", "relative", "relative/Oil", "reward", "texture"]
+    names = ["reward", "reward:clip", "relative", "sgp", "word:Oil", "light"]
+    assert measure_order(names) == ["relative", "sgp", "reward", "reward:clip", "word:Oil", "light"]
 
 
 def test_numbers_for_readers():

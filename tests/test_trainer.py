@@ -14,6 +14,7 @@ from tiny import PROMPTS, tiny_config
 from srpo_core.align import direct_align, sample_align_steps
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import best, list_checkpoints, read_state
+from srpo_core.config import RewardConfig
 from srpo_core.description import load_run
 from srpo_core.evaluate import read_evaluation
 from srpo_core.flow import shifted_sigmas
@@ -50,12 +51,14 @@ def test_the_run_folder_holds_what_it_promises(finished):
     assert set(lines[0]) == {"step", "preview", "seconds"}
     assert {
         "step", "loss", "score", "reward", "liked", "disliked", "grad_norm", "lr", "velocity_drift", "sigma", "seconds",
-        "peak_memory_gib",
+        "peak_memory_gib", "source",
     } == set(lines[1])  # fmt: skip
     assert set(lines[1]["seconds"]) == {"rollout", "gradient", "optimizer", "drift", "total"}
     assert set(lines[4]["seconds"]) == set(lines[1]["seconds"]) | {"preview", "checkpoint"}
     assert [line["step"] for line in lines if "preview" in line] == [0, 4, 8]
-    assert set(lines[4]["preview"]) == {"reward", "relative", "brightness"}
+    words = RewardConfig().liked + RewardConfig().disliked
+    columns = {"reward", "relative", "sgp", "brightness", *(f"word:{word}" for word in words)}
+    assert set(lines[4]["preview"]) == columns
     preview = json.loads((finished / "previews" / "step-000004.json").read_text())
     assert preview["prompts"] == list(PROMPTS["eval"][:2]) and len(preview["brightness"]) == 2
     assert Image.open(finished / "previews" / "step-000004.png").size[0] > 2 * 192
@@ -96,11 +99,11 @@ def test_a_step_is_the_sum_of_its_branches(tmp_path):
     config = tiny_config(tmp_path, optim__accumulation=2, align__draws_per_rollout=2, seed=3, reward__scale=2.0)
     trainer, reference = assemble(config), assemble(config)
     metrics = trainer.learner.step(1, Clock(lambda: None))
-    flow, prompts = reference.flow, reference.learner.prompts
+    flow, prompts = reference.flow, reference.learner.data.rollouts
     total = torch.zeros(())
     for micro in range(2):
         noise = torch.randn(2, 4, 8, 8, generator=generator_for(3, 1, 0, f"noise {micro}"))
-        batch, _ = prompts.at(2 * micro, 2)
+        batch = prompts.at(2 * micro, 2)
         clean = rollout(flow, batch, noise, shifted_sigmas(3, 3.0), 1.0)
         for draw in range(2):
             steps = sample_align_steps(config.align, 3.0, 2, generator_for(3, 1, 0, f"levels {micro} {draw}"))
@@ -119,7 +122,7 @@ def test_a_step_is_the_sum_of_its_branches(tmp_path):
 def test_prompts_are_visited_in_order_through_accumulation(tmp_path):
     learner = assemble(tiny_config(tmp_path, optim__accumulation=2)).learner
     visited = [learner._rollout(step, micro).prompts.prompts for step in (1, 2) for micro in (0, 1)]
-    assert sum(visited, ()) == learner.prompts.at(0, 8)[0].prompts
+    assert sum(visited, ()) == learner.data.rollouts.at(0, 8).prompts
 
 
 def test_the_first_step_moves_weights_by_the_warmed_up_rate(tmp_path):
@@ -146,11 +149,11 @@ def test_photos_take_the_place_of_rollouts(tmp_path):
         (photos / f"{i}.txt").write_text(caption)
     config = tiny_config(tmp_path / "run", data__photos=str(photos), optim__steps=2)
     trainer = assemble(config)
-    prompts, paths = trainer.learner.prompts.at(0, 4)
-    captions = [path.with_suffix(".txt").read_text() for path in paths]
-    assert captions == list(prompts.prompts)
+    batches = [trainer.learner.data.at(micro, 0, 1) for micro in (0, 1)]
+    for batch in batches:
+        assert [path.with_suffix(".txt").read_text() for path in batch.photos] == list(batch.prompts.prompts)
     first, second = trainer.learner._rollout(1, 0), trainer.learner._rollout(2, 0)
-    assert torch.equal(first.clean, trainer.autoencoder.encode(load_photos(paths[:2], 16, 16)))
+    assert torch.equal(first.clean, trainer.autoencoder.encode(load_photos(batches[0].photos, 16, 16)))
     assert not torch.equal(first.noise, second.noise)
     assert trainer.train().finished
 

@@ -18,7 +18,8 @@ from transformers import CLIPConfig, CLIPModel
 from srpo_core.config import ConfigError, ModelConfig, RewardConfig
 from srpo_core.interfaces import Components, Measure, PromptBatch
 from srpo_core.models.flux import DTYPES, FluxFlow, ImageAutoencoder, load_module
-from srpo_core.rewards.clip import ClipReward
+from srpo_core.models.flux_files import autoencoder_at, transformer_at
+from srpo_core.rewards.clip import ClipReward, TransformersClip
 
 from .captions import MAX_TOKENS, VOCABULARY, random_scenes, tokenize
 from .judge import Judge, JudgeMeasures
@@ -102,7 +103,7 @@ def load_judge(device: torch.device | str = "cpu", folder: Path = WEIGHTS) -> Ju
 def load_reward(config: RewardConfig, device: torch.device | str) -> ClipReward:
     """The shipped CLIP (or another in the folder `reward.path`) as a reward."""
     folder = WEIGHTS if config.path is None else Path(config.path)
-    return ClipReward(load_clip(device, folder), tokens, MEAN, STD)
+    return ClipReward(TransformersClip(load_clip(device, folder), tokens, MEAN, STD), config.fit)
 
 
 def load(config: ModelConfig, device: torch.device | str) -> Components:
@@ -112,21 +113,15 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
     """
     folder = WEIGHTS if config.path is None else Path(config.path)
     setting = "model.transformer" if config.transformer else SHIPPED
-    transformer = load_module(
-        FluxTransformer2DModel,
-        config.transformer or folder / "transformer",
-        setting,
-        "transformer",
-        use_safetensors=True,
-    )
+    transformer = transformer_at(config.transformer or folder / "transformer", setting).load(torch.float32, device)
     setting = "model.autoencoder" if config.autoencoder else SHIPPED
-    vae = load_module(AutoencoderTiny, config.autoencoder or folder / "vae", setting, use_safetensors=True)
+    vae = autoencoder_at(config.autoencoder or folder / "vae", setting).load(torch.float32, device)
     if config.recompute:
         transformer.enable_gradient_checkpointing()
     judge = JudgeMeasures(load_judge(device, folder))
     return Components(
-        FluxFlow(transformer.float().to(device), dtype=DTYPES[config.dtype]),
-        ImageAutoencoder(vae.float().to(device), config.recompute),
+        FluxFlow(transformer, dtype=DTYPES[config.dtype]),
+        ImageAutoencoder(vae, config.recompute),
         MiniatureTextEncoder(load_clip(device, folder)),
         measures={
             **{name: _look_measure(name) for name in ("look", "texture", "light", "natural_colour")},
@@ -136,6 +131,7 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
             "train": [scene.caption() for scene in random_scenes(4096, seed=1)],
             "eval": list(dict.fromkeys(scene.caption() for scene in random_scenes(512, seed=2, held_out=True))),
         },
+        side=SIZE,
     )  # fmt: skip
 
 

@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from srpo_core.config import ModelConfig
-from srpo_core.interfaces import Components
+from srpo_core.interfaces import Components, TrainableFlow
+from srpo_core.lora import linear_shapes, merge_lora
 from srpo_core.registry import resolve
+from srpo_core.weights.lora_names import Lora, check_lora, read_lora
+
+if TYPE_CHECKING:
+    from srpo_core.models.flux_files import Part
 
 MODELS = {
     "flux": "srpo_core.models.flux:load",
     "miniature": "srpo_core.miniature.models:load",
 }
+TRANSFORMERS = {"flux": "srpo_core.models.flux_files:find_transformer"}
+"""Families whose transformer's files can be read a tensor at a time, without building a module."""
 
 
 def load_model(config: ModelConfig, device: torch.device | str) -> Components:
-    """The family's parts, weights included. ConfigError names the setting that is wrong."""
-    return resolve(MODELS, "model family", config.family)(config, device)
+    """The family's parts, weights included, with model.lora merged in. ConfigError names the setting that is wrong."""
+    lora = read_lora(config.lora, "model.lora") if config.lora is not None else None
+    components = resolve(MODELS, "model family", config.family)(config, device)
+    return components if lora is None else WithLora(components, lora, config.lora_strength)
+
+
+def find_transformer(config: ModelConfig) -> Part | None:
+    """A family's transformer in its files, without model.lora; None where it can only be loaded as a module."""
+    if config.family not in TRANSFORMERS:
+        return None
+    return resolve(TRANSFORMERS, "model family", config.family)(config)
+
+
+class WithLora(Components):
+    """A family's parts with a LoRA merged into the flow's weights when the flow is first read."""
+
+    def __init__(self, parts: Components, lora: Lora, strength: float) -> None:
+        check_lora(lora, linear_shapes(parts.outline().module))
+        self._parts, self._lora, self._strength = parts, lora, strength
+        for field in fields(Components):
+            if field.name not in ("flow", "autoencoder", "text_encoder"):
+                setattr(self, field.name, getattr(parts, field.name))
+        self.notes = (*parts.notes, *lora.notes)
+
+    def __getattr__(self, name: str) -> Any:
+        """The autoencoder and the text encoder, loaded by the parts when they are asked for."""
+        if name not in ("autoencoder", "text_encoder"):
+            raise AttributeError(name)
+        return getattr(self._parts, name)
+
+    @cached_property
+    def flow(self) -> TrainableFlow:
+        flow = self._parts.flow
+        merge_lora(flow.module, self._lora, self._strength)
+        return flow
+
+    @property
+    def full_precision(self) -> bool:  # type: ignore[override]
+        """Whether the flow's weights are wanted in float32."""
+        return self._parts.full_precision
+
+    @full_precision.setter
+    def full_precision(self, wanted: bool) -> None:
+        self._parts.full_precision = wanted
+
+    def outline(self) -> TrainableFlow:
+        return self._parts.outline()
+
+    def release(self, part: str) -> None:
+        super().release(part)
+        self._parts.release(part)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,10 +18,16 @@ from torch.utils.hooks import RemovableHandle
 from srpo_core.config import ConfigError, ModelConfig
 from srpo_core.flow import Level, per_sample
 from srpo_core.interfaces import Components, PromptBatch
+from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
+from srpo_core.models.flux_prompts import EVAL_PROMPTS
+from srpo_core.models.flux_text import FluxTextEncoder, TextFiles, find_text
+from srpo_core.weights.eight_bit import fill_8bit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
               "attn.add_v_proj", "attn.to_add_out")  # fmt: skip
+BLOCKS = r"(single_)?transformer_blocks\..+"
+"""Where the layers are that may be held in 8 bits: all but the first and last ones."""
 _MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
 
@@ -96,10 +103,12 @@ class FluxFlow:
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) for an image of height x width pixels. ConfigError names a size that the model can't take."""
         step = self.downscale * 2
-        for name, size in (("data.height", height), ("data.width", width)):
-            if size % step or size <= 0:
-                nearby = max(step, round(size / step) * step)
-                raise ConfigError(f"{name}={size}: this model takes multiples of {step}; the nearest is {nearby}")
+        if height % step or width % step or min(height, width) <= 0:
+            near_height, near_width = (max(step, round(size / step) * step) for size in (height, width))
+            raise ConfigError(
+                f"data.height={height}, data.width={width}: this model takes multiples of {step}; the nearest are"
+                f" {near_height} and {near_width}"
+            )
         return self.module.config.in_channels // 4, height // self.downscale, width // self.downscale
 
 
@@ -139,29 +148,6 @@ class ImageAutoencoder:
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
 
-class FluxTextEncoder:
-    """CLIP-L's pooled output and T5's token states, as FLUX is conditioned on them."""
-
-    def __init__(self, clip_tokenizer: Any, clip: nn.Module, t5_tokenizer: Any, t5: nn.Module, max_tokens: int) -> None:
-        self.clip_tokenizer, self.clip = clip_tokenizer, clip
-        self.t5_tokenizer, self.t5 = t5_tokenizer, t5
-        self.max_tokens = max_tokens
-
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> PromptBatch:
-        """Prompts -> prompt_embeds [B, max_tokens, D] and pooled_prompt_embeds [B, P]."""
-
-        def ids(tokenizer: Any, length: int) -> Tensor:
-            encoded = tokenizer(
-                list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            return encoded.input_ids.to(next(self.t5.parameters()).device)
-
-        pooled = self.clip(ids(self.clip_tokenizer, self.clip_tokenizer.model_max_length)).pooler_output
-        embeds = self.t5(ids(self.t5_tokenizer, self.max_tokens)).last_hidden_state
-        return PromptBatch(tuple(prompts), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
-
-
 def load_module(cls: Any, path: str | Path, setting: str, subfolder: str | None = None, **options: Any) -> Any:
     """`cls.from_pretrained` from a local folder, or a ConfigError that names the setting, the path and the reason."""
     root = Path(path)
@@ -174,41 +160,92 @@ def load_module(cls: Any, path: str | Path, setting: str, subfolder: str | None 
         raise ConfigError(f"{setting}={str(path)!r}: {folder} can't be loaded: {error}") from error
 
 
-def load(config: ModelConfig, device: torch.device | str) -> Components:
-    """A FLUX model from a diffusers folder: transformer, vae, both text encoders and their tokenizers."""
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+class FluxComponents(Components):
+    """FLUX's parts, each loaded when it is first read; constructing it reads headers and configurations only.
 
-    if config.path is None:
-        raise ConfigError("model.path is not set: the flux family needs a folder in diffusers format")
+    ConfigError names the setting whose file is missing, broken or of another model, and parts that don't fit together.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | str) -> None:
+        self.measures, self.prompts = {}, {"eval": EVAL_PROMPTS}
+        self._config, self._device = config, torch.device(device)
+        self._transformer = find_transformer(config)
+        self._autoencoder = find_autoencoder(config)
+        self._text = find_text(config)
+        _check_fit(self._transformer, self._autoencoder, self._text)
+
+    @property
+    def _downscale(self) -> int:
+        """Pixels to a latent's side."""
+        return 2 ** (len(self._autoencoder.outline.config.block_out_channels) - 1)
+
+    def outline(self) -> FluxFlow:
+        """The flow with its parameters on meta."""
+        return FluxFlow(self._transformer.outline, self._downscale, DTYPES[self._config.dtype])
+
+    @cached_property
+    def flow(self) -> FluxFlow:
+        """The transformer, in model.dtype or, with `full_precision`, in float32."""
+        return _flow(self._transformer, self._config, self._device, self.full_precision, self._downscale)
+
+    @cached_property
+    def autoencoder(self) -> ImageAutoencoder:
+        """The autoencoder in model.dtype."""
+        module = self._autoencoder.load(DTYPES[self._config.dtype], self._device)
+        return ImageAutoencoder(module, self._config.recompute)
+
+    @cached_property
+    def text_encoder(self) -> FluxTextEncoder:
+        """CLIP-L and T5, which load at their first prompt."""
+        return FluxTextEncoder(self._text, DTYPES[self._config.dtype], self._device, self._config.t5_memory)
+
+
+def check(config: ModelConfig) -> None:
+    """ConfigError unless the model's files are there and fit together, by their headers."""
+    FluxComponents(config, "cpu")
+
+
+def load(config: ModelConfig, device: torch.device | str) -> FluxComponents:
+    """A FLUX model from folders in diffusers format, single files or a ComfyUI checkpoint: see ModelConfig."""
+    return FluxComponents(config, device)
+
+
+def load_flow(config: ModelConfig, device: torch.device | str, full_precision: bool = False) -> FluxFlow:
+    """The transformer alone, in model.dtype or float32: neither autoencoder nor text encoders need to be there."""
+    return _flow(find_transformer(config), config, device, full_precision)
+
+
+def _flow(
+    part: Part[FluxTransformer2DModel],
+    config: ModelConfig,
+    device: torch.device | str,
+    full_precision: bool,
+    downscale: int = 8,
+) -> FluxFlow:
     dtype = DTYPES[config.dtype]
-    setting = "model.transformer" if config.transformer else "model.path"
-    transformer = load_module(
-        FluxTransformer2DModel, config.transformer or config.path, setting, "transformer", use_safetensors=True
-    )
-    autoencoder_path = Path(config.autoencoder or Path(config.path) / "vae")
-    kind = AutoencoderTiny if "AutoencoderTiny" in _config_text(autoencoder_path) else AutoencoderKL
-    vae = load_module(kind, autoencoder_path, "model.autoencoder", use_safetensors=True, torch_dtype=dtype).to(device)
-    text_encoder = FluxTextEncoder(
-        load_module(AutoTokenizer, config.path, "model.path", "tokenizer"),
-        load_module(CLIPTextModel, config.path, "model.path", "text_encoder", use_safetensors=True, torch_dtype=dtype)
-        .to(device)
-        .requires_grad_(False),
-        load_module(AutoTokenizer, config.path, "model.path", "tokenizer_2"),
-        load_module(
-            T5EncoderModel, config.path, "model.path", "text_encoder_2", use_safetensors=True, torch_dtype=dtype
-        )
-        .to(device)
-        .requires_grad_(False),
-        max_tokens=512,
-    )
+    if config.frozen_memory == "8bit" and not full_precision:
+        module = fill_8bit(part.empty(), part.stream(), dtype, device, part.file, BLOCKS)
+    else:
+        module = part.load(torch.float32 if full_precision else dtype, device)
     if config.recompute:
-        transformer.enable_gradient_checkpointing()
-    downscale = 2 ** (len(vae.config.block_out_channels) - 1)
-    return Components(
-        FluxFlow(transformer.to(device), downscale, dtype), ImageAutoencoder(vae, config.recompute), text_encoder
-    )
+        module.enable_gradient_checkpointing()
+    return FluxFlow(module, downscale, dtype)
 
 
-def _config_text(folder: Path) -> str:
-    path = folder / "config.json"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _check_fit(
+    transformer: Part[FluxTransformer2DModel], autoencoder: Part[AutoencoderKL | AutoencoderTiny], text: TextFiles
+) -> None:
+    """ConfigError unless the parts' widths are those that the transformer was made for."""
+    wanted, latents = transformer.outline.config, autoencoder.outline.config.latent_channels
+    if wanted.in_channels != 4 * latents:
+        takes = wanted.in_channels // 4
+        reason = f"has {latents} latent channels, the transformer {transformer.file.path} takes {takes}"
+        raise autoencoder.file.error(reason, "name FLUX's own autoencoder (ae.safetensors) in model.autoencoder")
+    t5_width, clip_width = text.widths
+    for file, name, width, needed in (
+        (text.t5, "T5", t5_width, wanted.joint_attention_dim),
+        (text.clip, "CLIP", clip_width, wanted.pooled_projection_dim),
+    ):
+        if width != needed:
+            reason = f"is a {name} of width {width}, the transformer {transformer.file.path} takes {needed}"
+            raise file.error(reason, f"name the {name} that FLUX uses in model.{name.lower()}")

@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 26
 
 @dataclass
 class Series:
-    """A line of a chart. `dash` tells the lines of one colour apart; `marks` draws the points."""
+    """A line of a chart. `dash` tells the lines of one colour apart; `marks` draws the points; `faint` has no key."""
 
     label: str
     xs: Sequence[float]
@@ -25,6 +25,7 @@ class Series:
     dash: bool = False
     marks: bool = False
     smooth: bool = False
+    faint: bool = False
 
 
 def number(value: float, decimals: int | None = None) -> str:
@@ -147,12 +148,12 @@ def line_chart(
         parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{label_y:.1f}" text-anchor="end">{escape(rule[0])}</text>')
     for line in series:
         parts.append(_line(axes, line))
-    legend = [(line.label, line.colour, line.dash) for line in series] if len(series) > 1 else []
+    legend = [(line.label, line.colour, line.dash) for line in series if not line.faint] if len(series) > 1 else []
     return _figure(title, _svg(title, "".join(parts)), legend, note)
 
 
 def _line(axes: _Axes, line: Series) -> str:
-    style = f"line s{line.colour % COLOURS}{' dash' if line.dash else ''}"
+    style = f"line s{line.colour % COLOURS}{' dash' if line.dash else ''}{' faint' if line.faint else ''}"
     window = max(1, len(line.xs) // 12)
     if not line.smooth or window < 3:
         drawn = f'<path class="{style}" d="{axes.path(line.xs, line.ys)}"/>'
@@ -192,8 +193,11 @@ def stacked_chart(title: str, xs: Sequence[float], layers: dict[str, Sequence[fl
     return _figure(title, _svg(title, "".join(parts)), [(name, i, False) for i, name in enumerate(bars)], note)
 
 
-def interval_chart(title: str, rows: Sequence[tuple[str, Interval]], note: str = "") -> str:
-    """A figure of estimates with their intervals, a row each, and a line at 0; rows that aren't finite are left out."""
+def interval_chart(title: str, rows: Sequence[tuple[str, Interval]], note: str = "", gutter: int = 124) -> str:
+    """A figure of estimates with their intervals, a row each, and a line at 0; rows that aren't finite are left out.
+
+    Names take `gutter` of the figure's 360 units of width.
+    """
     rows = [row for row in rows if all(map(math.isfinite, (row[1].estimate, row[1].low, row[1].high)))]
     if not rows:
         return ""
@@ -201,7 +205,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, Interval]], note: str =
     pad = (high - low) * 0.04 or 1.0
     low, high = low - pad, high + pad
     ticks = [tick for tick in nice_ticks(low, high, 5) if low <= tick <= high]
-    left, row_height = 124, 24
+    left, row_height = gutter, 24
     height = len(rows) * row_height + 30
 
     def x(value: float) -> float:
@@ -216,7 +220,8 @@ def interval_chart(title: str, rows: Sequence[tuple[str, Interval]], note: str =
     for i, (name, interval) in enumerate(rows):
         y = 16 + i * row_height
         colour = "s0" if interval.excludes_zero else "muted"
-        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end" class="name">{escape(_short(name))}</text>')
+        short = escape(_short(name, gutter * 19 // 124))
+        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end" class="name">{short}</text>')
         parts.append(
             f'<line class="bar {colour}" x1="{x(interval.low):.1f}" x2="{x(interval.high):.1f}" y1="{y}" y2="{y}"/>'
         )
@@ -228,5 +233,24 @@ def interval_chart(title: str, rows: Sequence[tuple[str, Interval]], note: str =
     return _figure(title, _svg(title, "".join(parts), height), [], note)
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 19 else name[:18] + "…"
+def histogram(title: str, values: Sequence[float], bins: int = 24) -> str:
+    """A small picture of how values are spread, without axes; "" for fewer than 8 or for equal ones."""
+    low, high = min(values), max(values)
+    if len(values) < 8 or high <= low:
+        return ""
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
+    width, tallest = 240 / bins, max(counts)
+    bars = "".join(
+        f'<rect x="{i * width:.1f}" y="{34 - 34 * count / tallest:.1f}" width="{width - 1.5:.1f}"'
+        f' height="{34 * count / tallest:.1f}"/>'
+        for i, count in enumerate(counts)
+    )
+    label = escape(f"{title} from {number(low)} to {number(high)}", quote=True)
+    shape = 'class="histogram" viewBox="0 0 240 34" preserveAspectRatio="none"'
+    return f'<svg {shape} role="img" aria-label="{label}">{bars}</svg>'
+
+
+def _short(name: str, most: int) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"

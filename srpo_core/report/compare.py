@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from srpo_core.columns import is_detail
 from srpo_core.intervals import DRAWS, Interval, Statistic, bootstrap_runs_ci, mean, paired_effect_size, win_rate
 from srpo_core.report.data import PairedScores
 
-_FIRST = ("look", "content", "exact", "relative", "reward")
+_FIRST = ("look", "content", "exact", "relative", "sgp", "reward")
 """Measures that lead, where a run has them."""
 MIN_PROMPTS = 8
 """A bootstrap of fewer values claims far too much: there are no intervals then."""
@@ -42,9 +44,13 @@ class Change:
 
 
 def measure_order(names: Sequence[str]) -> list[str]:
-    """Leading measures first, details of a measure ("relative/Oil") behind it, else as they come."""
-    roots = list(dict.fromkeys([*(n for n in _FIRST if n in names), *(n.split("/")[0] for n in names)]))
-    return sorted(names, key=lambda name: (roots.index(name.split("/")[0]), "/" in name))
+    """Leading measures first, details of a measure ("reward:pickscore") behind it, else as they come."""
+    roots = list(dict.fromkeys([*(n for n in _FIRST if n in names), *map(_root, names)]))
+    return sorted(names, key=lambda name: (roots.index(_root(name)), is_detail(name)))
+
+
+def _root(name: str) -> str:
+    return re.split("[/:]", name)[0]
 
 
 def changes(scores: Sequence[PairedScores]) -> list[Change]:

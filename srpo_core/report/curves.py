@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from srpo_core.columns import WORD
 from srpo_core.report.charts import Series, line_chart, stacked_chart
 from srpo_core.report.compare import measure_order
 from srpo_core.report.data import RunData
 from srpo_core.report.markup import section
+from srpo_core.report.words import small
 
 _HINT = (
     "All against the optimizer step. Previews are the fair signs of progress: fixed held-out prompts with fixed noise. "
@@ -29,27 +31,35 @@ def _per_run(runs: Sequence[RunData], *keys: str, smooth: bool = False, marks: b
     return [Series(run.name, *run.series(*keys), colour=i, smooth=smooth, marks=marks) for i, run in enumerate(runs)]
 
 
-def _branches(runs: Sequence[RunData], metric: str) -> list[Series]:
-    """A line per branch; with several runs, a colour per run and dashes for inversion."""
+def _branches(runs: Sequence[RunData], *keys: str) -> list[Series]:
+    """A line per branch of a metric; with several runs, a colour per run and dashes for inversion."""
     lines = []
     for i, run in enumerate(runs):
         for j, branch in enumerate(run.config.align.branches):
             name = branch if len(runs) == 1 else f"{run.name}, {branch}"
             colour, dash = (j, False) if len(runs) == 1 else (i, branch == "inversion")
-            lines.append(Series(name, *run.series(metric, branch), colour=colour, dash=dash, smooth=True))
+            lines.append(Series(name, *run.series(*keys, branch), colour=colour, dash=dash, smooth=True))
     return lines
+
+
+def _mixture_charts(runs: Sequence[RunData]) -> list[str]:
+    """Where several rewards are mixed: each one's own score and value."""
+    names = dict.fromkeys(name for run in runs for line in run.trained for name in line.get("rewards") or {})
+    charts = []
+    for name in names:
+        lines = _branches(runs, "scores", name)
+        charts.append(line_chart(f"Score per branch: {name}", lines, note="this reward's part of the mixture"))
+        lines = _branches(runs, "rewards", name)
+        charts.append(line_chart(f"Reward of the preferred wording: {name}", lines, note="in its own range"))
+    return charts
 
 
 def _preview_charts(runs: Sequence[RunData], label: Callable[[str], str]) -> list[str]:
     names = dict.fromkeys(name for run in runs for line in run.steps for name in line.get("preview") or {})
     return [
-        line_chart(f"Previews: {_small(label(name))}", _per_run(runs, "preview", name, marks=True))
-        for name in measure_order(list(names))
+        line_chart(f"Previews: {small(label(name))}", _per_run(runs, "preview", name, marks=True))
+        for name in measure_order([name for name in names if not name.startswith(WORD)])
     ]
-
-
-def _small(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _training_charts(runs: Sequence[RunData]) -> list[str]:
@@ -59,6 +69,7 @@ def _training_charts(runs: Sequence[RunData]) -> list[str]:
         line_chart("Score per branch", _branches(runs, "score"),
                    note="(1 + k) · preferred wording − other wording, as trained on"),
         line_chart("Reward of the preferred wording", _branches(runs, "reward")),
+        *_mixture_charts(runs),
         line_chart("Loss", _per_run(runs, "loss", smooth=True), note="close to flat by design: no sign of progress"),
         line_chart("Gradient norm before clipping", _per_run(runs, "grad_norm", smooth=True), clip, from_zero=True),
         line_chart("Velocity drift from the start", _per_run(runs, "velocity_drift", smooth=True), from_zero=True,

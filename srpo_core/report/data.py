@@ -12,6 +12,7 @@ from typing import Any
 
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run
+from srpo_core.metrics import parse_metrics
 
 
 @dataclass
@@ -100,7 +101,7 @@ def read_run(folder: str | Path) -> RunData:
         name=folder.resolve().name,
         config=config,
         made_with=made_with.get("made_with") or {},
-        steps=_read_metrics(folder / "metrics.jsonl", notes),
+        steps=_read_metrics(folder, notes),
         previews=_read_previews(folder / "previews", notes),
         evaluation=_read_evaluation(folder / "evaluation" / "evaluation.json", notes),
         method_check=_read_method_check(folder / "method_check.json", notes),
@@ -141,20 +142,11 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return data
 
 
-def _read_metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Lines by step. A resumed run may log a step twice: the later line counts. A last line may be half-written."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    steps: dict[int, dict[str, Any]] = {}
-    broken = 0
-    for number, text in enumerate(lines, 1):
-        try:
-            line = json.loads(text)
-            steps[int(line["step"])] = line
-        except (ValueError, KeyError, TypeError):
-            broken += number < len(lines)
+def _read_metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    lines, broken = parse_metrics(folder)
     if broken:
         notes.append(f"{broken} {'line' if broken == 1 else 'lines'} of metrics.jsonl can't be read and are left out")
-    return [steps[step] for step in sorted(steps)]
+    return lines
 
 
 def _scores(data: dict[str, Any], count: int) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from srpo_core.columns import is_detail
 from srpo_core.report.charts import decimals_for, number
 from srpo_core.report.compare import measure_order
 from srpo_core.report.data import PairedScores, Preview, RunData
@@ -48,7 +49,7 @@ def evaluation_section(runs: Sequence[RunData], label: Callable[[str], str]) -> 
 def _pairs(run: RunData, scores: PairedScores, most: int, budget: int, label: Callable[[str], str]) -> str:
     indices = spread(len(scores.prompts), most)
     uris = iter(embed([path for index in indices for path in run.pictures(index)], budget))
-    names = [name for name in measure_order(scores.names()) if "/" not in name][:4]
+    names = [name for name in measure_order(scores.names()) if not is_detail(name)][:4]
     decimals = {name: decimals_for(max(map(abs, scores.before[name] + scores.after[name])), 3) for name in names}
     cards = []
     for index in indices:

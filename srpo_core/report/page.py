@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html import escape
 from importlib import resources
 
-from srpo_core.report.charts import interval_chart, interval_decimals, number
+from srpo_core.columns import is_detail
+from srpo_core.report.changes import COLUMNS, InWords, change_row
+from srpo_core.report.charts import interval_chart
 from srpo_core.report.compare import MIN_PROMPTS, Change, changes
+from srpo_core.report.control_words import without_words, words_section
 from srpo_core.report.curves import curves_section
 from srpo_core.report.data import PairedScores, RunData
 from srpo_core.report.gallery import evaluation_section, method_section, previews_section
-from srpo_core.report.markup import Html, row, section, table
+from srpo_core.report.markup import section, table
 from srpo_core.report.settings import settings_section
+from srpo_core.report.words import HELP, label, small
 
-LABELS = {
-    "look": "Look",
-    "content": "Content",
-    "reward": "Reward",
-    "relative": "Relative reward",
-}
-HELP = {
-    "look": "how much the pictures have the liked look, from their pixels alone",
-    "content": "whether the prompt's things, colours and places are there",
-    "relative": "mean reward of the prompt worded with liked words, minus the same with disliked words",
-    "reward": "the training reward of the picture for the plain prompt",
-    "texture": "fine detail",
-    "light": "slopes of brightness, as light and shade make them",
-    "natural_colour": "colours that are not over-saturated",
-    "exact": "share of pictures on which everything that the prompt asks for is right",
-    "judge_liked": "how sure a separately trained judge is that the look is a liked one",
-}
 Compared = tuple[PairedScores, str]
 """Scores before and after, and where they come from."""
-
-
-def label(name: str) -> str:
-    """A measure's name for readers: "natural_colour" -> "Natural colour", "relative/Oil" -> "Oil"."""
-    if name in LABELS:
-        return LABELS[name]
-    plain = name.split("/")[-1].replace("_", " ")
-    return plain[:1].upper() + plain[1:]
 
 
 def render(runs: Sequence[RunData]) -> str:
@@ -54,6 +32,7 @@ def render(runs: Sequence[RunData]) -> str:
         _headline(runs, [source for _, source in found], pooled),
         evaluation_section(runs, label),
         _measures(runs, compared, pooled),
+        words_section(runs, pooled),
         curves_section(runs, label),
         previews_section(runs),
         method_section(next((run for run in runs if run.method_check), runs[0])),
@@ -117,9 +96,11 @@ def _headline(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[
         _chips(runs),
         _notices(runs, sources, pooled),
     ]
-    leading = [change for change in pooled if "/" not in change.name][:5]
+    leading = [change for change in pooled if not is_detail(change.name)]
+    leading = leading[: 6 if any(change.name == "sgp" for change in leading) else 5]
     if leading:
-        parts.append(f'<div class="cards">{"".join(_card(change) for change in leading)}</div>')
+        six = " six" if len(leading) == 6 else ""
+        parts.append(f'<div class="cards{six}">{"".join(_card(change) for change in leading)}</div>')
     return "".join(parts) + "</header>"
 
 
@@ -130,14 +111,14 @@ def _summary(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[C
     prompts = pooled[0].count // len(sources)
     text = f"{prompts} {where}" + (f" in each of {len(sources)} runs" if len(sources) > 1 else "")
     said = []
-    for change in [c for c in pooled if "/" not in c.name][:4]:
-        words = _Words(change)
+    for change in [c for c in pooled if not is_detail(c.name)][:4]:
+        words = InWords(change)
         happened = {
             "clear rise": f"rose by {words.size}",
             "clear fall": f"fell by {words.size}",
             "no clear change": "shows no clear change",
         }.get(change.verdict, f"went from {words.before} to {words.after}")
-        said.append(f"<b>{escape(label(change.name).lower())}</b> {happened}")
+        said.append(f"<b>{escape(small(label(change.name)))}</b> {happened}")
     joined = ", ".join(said[:-1]) + " and " + said[-1] if len(said) > 1 else said[0]
     few = " (too few for intervals)" if prompts < MIN_PROMPTS else ""
     return f"On {text}{few}, drawn before and after training from the same noise, {joined}."
@@ -160,34 +141,8 @@ def _notices(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[C
     return f'<div class="notice">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""
 
 
-def _signed(value: float, decimals: int) -> str:
-    text = number(value, decimals)
-    return f"+{text}" if value > 0 and text.strip("0.") else text
-
-
-def _effect(value: float) -> str:
-    return number(value, 2 if abs(value) < 10 else 1)
-
-
-class _Words:
-    """One change in words and numbers, as table cells and cards show them."""
-
-    def __init__(self, change: Change) -> None:
-        difference, effect, rose = change.difference, change.effect, change.rose
-        decimals = interval_decimals(difference)
-        self.before, self.after = number(change.before, decimals), number(change.after, decimals)
-        self.difference = _signed(difference.estimate, decimals)
-        self.size = number(abs(difference.estimate), decimals)
-        self.range = self.effect_range = "–"
-        if not math.isnan(difference.low):
-            self.range = f"[{_signed(difference.low, decimals)}, {_signed(difference.high, decimals)}]"
-            self.effect_range = f"[{_effect(effect.low)}, {_effect(effect.high)}]"
-        self.effect = _effect(effect.estimate)
-        self.rose, self.rose_range = f"{rose.estimate:.0%}", f"[{rose.low:.0%}, {rose.high:.0%}]"
-
-
 def _card(change: Change) -> str:
-    words = _Words(change)
+    words = InWords(change)
     direction = {"clear rise": "up", "clear fall": "down"}.get(change.verdict, "")
     verdict = f'<span class="verdict {direction}">{change.verdict}</span>'
     return (
@@ -200,7 +155,6 @@ def _card(change: Change) -> str:
     )
 
 
-_COLUMNS = ("Measure", "Before", "After", "Difference", "95% CI", "Effect size d", "95% CI", "Rose on", "95% CI")
 _HOW = (
     "Each prompt is drawn before and after training from the same noise ({count} pairs), so differences are paired. "
     "Intervals of differences and effect sizes are percentile bootstraps; those of the share of prompts on which a "
@@ -212,39 +166,29 @@ _EFFECT = (
 )
 
 
-def _measure_row(change: Change, name: str, first: str = "", style: str = "") -> Html:
-    words = _Words(change)
-    cells = [
-        name, words.before, words.after, Html(f"<b>{words.difference}</b>"), Html(f"<small>{words.range}</small>"),
-        words.effect, Html(f"<small>{words.effect_range}</small>"),
-        words.rose, Html(f"<small>{words.rose_range}</small>"),
-    ]  # fmt: skip
-    return row(cells, style, first)
-
-
 def _measures(runs: Sequence[RunData], compared: Sequence[Compared | None], pooled: Sequence[Change]) -> str:
     apart = {run.name: changes([item[0]]) for run, item in zip(runs, compared, strict=True) if item is not None}
     if not apart:
         return ""
     rows = []
-    for change in pooled:
-        detail = "/" in change.name
+    for change in without_words(pooled):
+        detail = is_detail(change.name)
         style = "head" if len(apart) > 1 and not detail else ""
-        rows.append(_measure_row(change, label(change.name), "sub" if detail else "", style))
+        rows.append(change_row(change, label(change.name), "sub" if detail else "", style))
         if len(apart) > 1 and not detail:
-            rows += [
-                _measure_row(c, run, "run") for run, found in apart.items() for c in found if c.name == change.name
-            ]
+            rows += [change_row(c, run, "run") for run, found in apart.items() for c in found if c.name == change.name]
     if not pooled:
-        rows = [_measure_row(c, f"{label(c.name)}, {run}") for run, found in apart.items() for c in found]
-    shown = pooled or next(iter(apart.values()))
+        rows = [change_row(c, f"{label(c.name)}, {run}") for run, found in apart.items() for c in without_words(found)]
+    shown = without_words(pooled or next(iter(apart.values())))
     chart = interval_chart(
-        "Effect size with its 95% interval", [(label(c.name), c.effect) for c in shown if "/" not in c.name], _EFFECT
+        "Effect size with its 95% interval",
+        [(label(c.name), c.effect) for c in shown if not is_detail(c.name)],
+        _EFFECT,
     )
     count = sum(len(item[0].prompts) for item in compared if item is not None)
     how = _HOW.format(count=count) + (_POOLING if len(apart) > 1 and pooled else "")
     left = f'<div><p class="hint">{how}</p>{_meanings([change.name for change in shown])}</div>'
-    return section("measures", "What changed", "", f'<div class="split">{left}{chart}</div>', table(_COLUMNS, rows))
+    return section("measures", "What changed", "", f'<div class="split">{left}{chart}</div>', table(COLUMNS, rows))
 
 
 def _meanings(names: Sequence[str]) -> str:

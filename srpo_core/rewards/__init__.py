@@ -1,19 +1,59 @@
-"""Rewards by name. A reward is one file with `load(config, device) -> Reward` and one line here."""
+"""Rewards by name. A reward is one file with `load(config, device) -> Reward` and one line here.
+
+`check(config)` in the same file, if there is one, looks at its weights' names and shapes before any model is loaded.
+"""
 
 from __future__ import annotations
 
+import importlib
+import re
+
 import torch
 
-from srpo_core.config import RewardConfig
+from srpo_core.config import ConfigError, RewardConfig, nearest
 from srpo_core.interfaces import Reward
 from srpo_core.registry import resolve
 
+from .mixture import WeightedReward, combined
+
 REWARDS = {
+    "hpsv2": "srpo_core.rewards.hpsv2:load",
+    "pickscore": "srpo_core.rewards.pickscore:load",
+    "imagereward": "srpo_core.rewards.imagereward:load",
+    "aesthetic": "srpo_core.rewards.aesthetic:load",
     "clip": "srpo_core.rewards.clip:load",
     "miniature": "srpo_core.miniature.models:load_reward",
 }
 
 
+def check_reward(config: RewardConfig) -> None:
+    """ConfigError for a reward that is unknown, or whose file is missing or another's, before anything is loaded."""
+    for one in (config, *config.more):
+        if one.name not in REWARDS and ":" not in one.name:
+            name = f"reward.{'name' if one is config else 'more, name'}={one.name!r}"
+            raise ConfigError(f"{name}: unknown reward{nearest(one.name, list(REWARDS))}; your own is file.py:function")
+        resolve(REWARDS, "reward", one.name)
+        if one.name in REWARDS:
+            module = importlib.import_module(REWARDS[one.name].partition(":")[0])
+            if hasattr(module, "check"):
+                module.check(one)
+
+
+def load_rewards(config: RewardConfig, device: torch.device | str) -> list[WeightedReward]:
+    """The reward `config.name` and those of `config.more`, weights included, each under a name of its own.
+
+    ConfigError names the setting that is wrong.
+    """
+    rewards: list[WeightedReward] = []
+    for one in (config, *config.more):
+        reward = resolve(REWARDS, "reward", one.name)(one, device)
+        label = re.split(r"[\\/]", one.name)[-1]  # of a user's own file.py:function, without its folders
+        count = sum(other.name.split("#")[0] == label for other in rewards)
+        name = f"{label}#{count + 1}" if count else label
+        rewards.append(WeightedReward(name, reward, one.weight, one.margin, one.scale, one.offset))
+    return rewards
+
+
 def load_reward(config: RewardConfig, device: torch.device | str) -> Reward:
-    """The reward `config.name`, weights included. ConfigError names the setting that is wrong."""
-    return resolve(REWARDS, "reward", config.name)(config, device)
+    """All of a run's rewards as one: the reward itself where there is one, else their mixture."""
+    return combined(load_rewards(config, device))

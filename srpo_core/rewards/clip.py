@@ -1,69 +1,125 @@
-"""CLIP similarity as a reward: any transformers `CLIPModel`."""
+"""CLIP models, whatever library they are made for, and cosine similarity of image and text as a reward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from srpo_core.config import ConfigError, RewardConfig
+from srpo_core.config import MoreReward, RewardConfig
 
-from .images import normalise, resize_crop
+from .images import Fit, normalise, square
+from .recompute import recompute
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def features(output: Any) -> Tensor:
-    """Unit features [N, D] of what `get_image_features` or `get_text_features` returns.
+class Clip(Protocol):
+    """Two towers into one space. Frozen; the image tower is differentiable in the images."""
 
-    That is the tensor itself, or since transformers 5 an output that holds it.
-    """
-    return F.normalize(output if isinstance(output, Tensor) else output.pooler_output, dim=-1)
+    logit_scale: float
+    """The learned factor on cosines, already exponentiated."""
+
+    def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
+        """images [B, 3, H, W] in [0, 1] -> [B, D], of any length."""
+        ...
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> [n, D], of any length, without gradient."""
+        ...
 
 
-class ClipReward:
-    """Cosine similarity in [-1, 1] of image and text; a Reward."""
+class TransformersClip:
+    """A transformers `CLIPModel` as a Clip; with `less_memory` the image tower is recomputed layer by layer."""
 
     def __init__(
         self,
-        model: CLIPModel,
+        module: CLIPModel,
         tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]],
         mean: Sequence[float] = OPENAI_MEAN,
         std: Sequence[float] = OPENAI_STD,
+        less_memory: bool = False,
     ) -> None:
-        self.model = model.requires_grad_(False).eval()
+        self.module = module.requires_grad_(False).eval()
         self.tokenize, self.mean, self.std = tokenize, mean, std
+        self.size = module.config.vision_config.image_size
+        self.logit_scale = float(module.logit_scale.exp())
+        if less_memory:
+            recompute(module.vision_model.encoder.layers)
+
+    def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
+        pixels = square(images.to(self.module.dtype), self.size, fit)
+        return _tensor(self.module.get_image_features(pixel_values=normalise(pixels, self.mean, self.std)))
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        tokens = {name: tensor.to(self.module.device) for name, tensor in self.tokenize(texts).items()}
+        return _tensor(self.module.get_text_features(**tokens))
+
+
+def _tensor(output: Any) -> Tensor:
+    """What `get_image_features` or `get_text_features` returns: since transformers 5 an object that holds it."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+class OpenClip:
+    """An open_clip `CLIP` as a Clip, with open_clip's tokenizer; the image tower is recomputed block by block."""
+
+    def __init__(self, module: CLIP, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD) -> None:
+        from open_clip import SimpleTokenizer
+
+        self.module = module.requires_grad_(False).eval()
+        self.mean, self.std = mean, std
+        self.tokenize = SimpleTokenizer(context_length=module.context_length)
+        size = module.visual.image_size
+        self.size = size if isinstance(size, int) else size[0]
+        self.logit_scale = float(module.logit_scale.exp())
+        recompute(module.visual.transformer.resblocks)
+
+    def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
+        pixels = square(images.to(self.module.logit_scale.dtype), self.size, fit)
+        return self.module.encode_image(normalise(pixels, self.mean, self.std))
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        return self.module.encode_text(self.tokenize(list(texts)).to(self.module.logit_scale.device))
+
+
+class ClipReward:
+    """Cosine similarity of image and text in [-1, 1], times `scale`; a Reward."""
+
+    def __init__(self, clip: Clip, fit: Fit = "crop", scale: float = 1.0) -> None:
+        self.clip, self.fit, self.scale = clip, fit, scale
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] and n * B prompts -> [n * B]; prompt i belongs to image i % B."""
         if not len(images) or len(prompts) % len(images):
             raise ValueError(f"{len(prompts)} prompts don't divide among {len(images)} images")
-        pixels = normalise(resize_crop(images.float(), self.model.config.vision_config.image_size), self.mean, self.std)
-        image = features(self.model.get_image_features(pixel_values=pixels))
-        with torch.no_grad():
-            tokens = {name: tensor.to(images.device) for name, tensor in self.tokenize(prompts).items()}
-            text = features(self.model.get_text_features(**tokens))
-        return (image.repeat(len(prompts) // len(images), 1) * text).sum(-1)
+        image = F.normalize(self.clip.image_features(images, self.fit), dim=-1)
+        text = F.normalize(self.clip.text_features(prompts), dim=-1)
+        return (image.repeat(len(prompts) // len(images), 1) * text).sum(-1) * self.scale
 
 
-def load(config: RewardConfig, device: torch.device | str) -> ClipReward:
-    """The CLIP model in the folder `reward.path` (transformers format: config, safetensors, tokenizer)."""
-    from transformers import AutoTokenizer
+def check(config: RewardConfig | MoreReward) -> None:
+    """ConfigError unless `path` is a CLIP model, by its names, shapes and configuration."""
+    from .clip_files import examine_clip
+    from .paths import reward_path
 
-    from srpo_core.models.flux import load_module
+    examine_clip(*reward_path(config, "clip"))
 
-    if config.path is None:
-        raise ConfigError("reward.path is not set: the clip reward needs a folder in transformers format")
-    model = load_module(CLIPModel, config.path, "reward.path", use_safetensors=True)
-    tokenizer = load_module(AutoTokenizer, config.path, "reward.path")
 
-    def tokenize(prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        encoded = tokenizer(list(prompts), padding=True, truncation=True, max_length=77, return_tensors="pt")
-        return {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+def load(config: RewardConfig | MoreReward, device: torch.device | str) -> ClipReward:
+    """Cosine similarity by the CLIP model in `path`: [-1, 1], as HPS has it; papers' "CLIP score" is 100 times that."""
+    from .clip_files import load_clip
+    from .paths import reward_path
 
-    return ClipReward(model.to(device), tokenize)
+    path, setting = reward_path(config, "clip")
+    return ClipReward(load_clip(path, setting, device), config.fit)

@@ -2,9 +2,9 @@
 
     python in_comfyui.py CHECKOUT FOLDER
 
-FOLDER/job.json names the files ("transformer" and perhaps "lora", or "vae"), FOLDER/inputs.safetensors holds the
-tensors that both sides get. Written there: outputs.safetensors, and report.json with what ComfyUI logged on the way
-(level and message).
+FOLDER/job.json names the files ("transformer" and perhaps "lora", or "vae"; "saved": where ComfyUI shall save what it
+loaded), FOLDER/inputs.safetensors holds the tensors that both sides get. Written there: outputs.safetensors, and
+report.json with what ComfyUI logged on the way (level and message).
 """
 
 import json
@@ -38,6 +38,8 @@ def velocity(job, inputs):
         patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0, lora_metadata=metadata)
         patches = sum(len(changes) for changes in patcher.patches.values())
     comfy.model_management.load_models_gpu([patcher])
+    if "saved" in job:
+        comfy.sd.save_checkpoint(job["saved"], patcher)
     latents, sigma = inputs["latents"], inputs["sigma"]
     conditions = patcher.model.extra_conds(
         noise=latents, device=latents.device, guidance=float(inputs["guidance"]),

@@ -3,92 +3,29 @@
 ComfyUI runs in a process of its own (in_comfyui.py), so its modules meet none of ours. `pytest -rP` shows the errors.
 """
 
-import json
-import logging
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from comfyui_side import TOLERANCE, TRANSFORMER, comfyui, fresh_transformer, needs_comfyui, ours, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from srpo_core import cli
 from srpo_core.checkpoint import latest, load_weights
-from srpo_core.config import LoraConfig, ModelConfig
+from srpo_core.config import LoraConfig
 from srpo_core.export import export_lora, export_run, export_vae_comfyui
 from srpo_core.lora import add_lora
 from srpo_core.miniature.captions import random_scenes
-from srpo_core.miniature.models import WEIGHTS, load
 from srpo_core.miniature.world import random_layout, random_looks, render
 from srpo_core.models.flux import FluxFlow
 
-CHECKOUT = os.environ.get("COMFYUI_PATH", "")
-pytestmark = pytest.mark.skipif(
-    not (Path(CHECKOUT) / "comfy" / "sd.py").is_file(),
-    reason="needs real ComfyUI: set COMFYUI_PATH to a checkout whose requirements are installed here",
-)
-TRANSFORMER = WEIGHTS / "transformer" / "diffusion_pytorch_model.safetensors"
-TOLERANCE = 1e-5
-"""Relative, of float32 results; measured with ComfyUI 0.33.0: 8e-7 at most."""
-RANK, ALPHA, GUIDANCE = 4, 10.0, 3.0
+pytestmark = needs_comfyui
+RANK, ALPHA = 4, 10.0
 TRAIN = (
     f"train miniature lora.rank={RANK} lora.alpha={ALPHA} optim.steps=2 optim.lr=0.01 optim.warmup_steps=0"
     " data.batch_size=2 rollout.num_steps=4 output.preview_every=0 output.evaluate_prompts=0 output.tensorboard=false"
 )
-
-
-def complains(level, message):
-    """Whether ComfyUI says that something didn't fit: of weights that it has no use for it tells below a warning."""
-    return level >= logging.WARNING or message.lower().startswith(("left over", "leftover"))
-
-
-def comfyui(folder, job, inputs):
-    """(tensors, report) of what ComfyUI makes of the files that `job` names. It may not have complained of anything."""
-    folder.mkdir()
-    (folder / "job.json").write_text(json.dumps({name: str(path) for name, path in job.items()}), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
-    program = Path(__file__).with_name("in_comfyui.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(Path(CHECKOUT).resolve()), str(folder)],
-        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    assert [message for level, message in report["logged"] if complains(level, message)] == []
-    return load_file(folder / "outputs.safetensors"), report
-
-
-def relative_error(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@pytest.fixture(scope="module")
-def parts():
-    return load(ModelConfig(family="miniature"), "cpu")
-
-
-def fresh_transformer():
-    return load(ModelConfig(family="miniature"), "cpu").flow.module.eval()
-
-
-@pytest.fixture(scope="module")
-def question(parts):
-    """What both sides are asked: two prompts at two levels, on latents that are not square."""
-    prompts = parts.text_encoder([scene.caption() for scene in random_scenes(2, seed=3)])
-    latents = torch.randn(2, 16, 12, 16, generator=torch.Generator().manual_seed(0))
-    sigma, guidance = torch.tensor([0.9, 0.35]), torch.tensor(GUIDANCE)
-    return prompts, {"latents": latents, "sigma": sigma, "guidance": guidance, **prompts.embeds}
-
-
-def ours(module, question):
-    """The velocity that a transformer gives here."""
-    prompts, inputs = question
-    with torch.no_grad():
-        return FluxFlow(module).velocity(inputs["latents"], inputs["sigma"], prompts, GUIDANCE)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,174 @@
+"""What can be said about a run before its models are loaded: files, sizes, memory. Everything wrong is told at once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.interfaces import Components, TrainableFlow
+from srpo_core.lora import check_start, read_start, target_shapes
+from srpo_core.models import MODELS
+from srpo_core.photos import Photo, find_photos
+from srpo_core.prompts import read_prompts, without_held_out
+from srpo_core.rewards import check_reward
+from srpo_core.training_data import photo_sizes, sources
+from srpo_core.weights.lora_names import Lora
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the user's files hold, beside the models."""
+
+    photos: Sequence[Photo]
+    start: Lora | None
+    """The LoRA that training starts from."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """How many parameters a run trains and how many it leaves as they are."""
+
+    trained: int
+    frozen: int
+    layers: int
+    """Layers that get a LoRA; 0 where all parameters are trained."""
+
+    def least_bytes(self, config: RunConfig) -> int:
+        """Memory for weights, gradients and optimizer: more is needed, less can't be."""
+        copies = 5 if config.optim.ema_decay else 4
+        frozen = self.frozen * (2 if config.model.dtype == "bfloat16" else 4)
+        if config.model.frozen_memory == "8bit":
+            frozen = self.frozen  # nearly all of them are matrices
+        return 4 * copies * self.trained + frozen
+
+    def checkpoint_bytes(self, config: RunConfig) -> int:
+        """Size of a checkpoint: weights, two moments, and the average if there is one."""
+        return 4 * self.trained * (4 if config.optim.ema_decay else 3)
+
+
+def check_files(config: RunConfig) -> Inputs:
+    """Read the user's prompts, captions, photos' headers, LoRA and the reward's header, before models are loaded.
+
+    ConfigError with everything that is wrong, a line each; then the model's files are looked at too.
+    """
+    complaints: list[str] = []
+    photos: list[Photo] = []
+    if config.model.frozen_memory == "8bit" and not config.lora.rank:
+        complaints.append(
+            "model.frozen_memory='8bit' freezes the matrices, and lora.rank=0 trains them; set lora.rank=16, say, or"
+            " model.frozen_memory=full"
+        )
+    start = None
+    for setting in ("prompts", "eval_prompts"):
+        value = getattr(config.data, setting)
+        if value != "builtin":
+            with _noted(complaints):
+                read_prompts(value, f"data.{setting}", column=config.data.prompt_column)
+    with _noted(complaints):
+        if config.data.photos is not None:
+            photos = find_photos(config.data.photos, column=config.data.prompt_column)
+            photo_sizes(config.data, photos)
+    with _noted(complaints):
+        check_reward(config.reward)
+    with _noted(complaints):
+        start = read_start(config.lora)
+    if complaints:
+        with _noted(complaints):
+            _check_model(config)
+        many = f"{len(complaints)} things to put right:\n  " if len(complaints) > 1 else ""
+        raise ConfigError(many + "\n  ".join(complaints))
+    return Inputs(photos, start)
+
+
+@contextlib.contextmanager
+def _noted(complaints: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        complaints.append(str(error))
+
+
+def _check_model(config: RunConfig) -> None:
+    """The family's own `check`, if it is one of ours and has one."""
+    if config.model.family in MODELS:
+        module = importlib.import_module(MODELS[config.model.family].partition(":")[0])
+        if hasattr(module, "check"):
+            module.check(config.model)
+
+
+def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: torch.device) -> Footprint:
+    """ConfigError if the model, as far as its outline tells, can't take the sizes, the LoRA or the device's memory."""
+    _check_sizes(config, flow, inputs.photos)
+    if inputs.start is not None:
+        check_start(inputs.start, config.lora, flow)
+    footprint = footprint_of(config, flow)
+    total, least = device_memory(device), footprint.least_bytes(config)
+    if total is not None and least > total:
+        way_out = "train a LoRA (lora.rank=16)" if not config.lora.rank else "a larger device is needed"
+        raise ConfigError(
+            f"lora.rank={config.lora.rank}: weights, gradients and optimizer alone take {least / 2**30:.1f} GiB,"
+            f" {device} has {total / 2**30:.1f} GiB; {way_out}"
+        )
+    return footprint
+
+
+def _check_sizes(config: RunConfig, flow: TrainableFlow, photos: Sequence[Photo]) -> None:
+    data = config.data
+    try:
+        flow.latent_shape(data.height, data.width)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"data.height={data.height}, data.width={data.width}: {error}") from error
+    for height, width in sorted(set(photo_sizes(data, photos))) if data.bucket_step else ():
+        try:
+            flow.latent_shape(height, width)
+        except ValueError as error:
+            raise ConfigError(
+                f"data.bucket_step={data.bucket_step} gives photos {width} x {height} pixels, which this model doesn't"
+                f" take; a multiple of its own step is needed, such as 64 ({error})"
+            ) from error
+
+
+def size_notes(config: RunConfig, components: Components) -> list[str]:
+    """A line for the user if the model was made for pictures of another size; none otherwise."""
+    height, width, side = config.data.height, config.data.width, components.side
+    if side is None or height == width == side:
+        return []
+    return [
+        f"warning: {config.model.family} was trained on pictures of {side} x {side}; at {width} x {height} (data.width,"
+        " data.height) it draws worse ones"
+    ]
+
+
+def footprint_of(config: RunConfig, flow: TrainableFlow) -> Footprint:
+    """The run's parameters by the flow's shapes. ConfigError if lora.targets names no layers."""
+    count = sum(parameter.numel() for parameter in flow.module.parameters())
+    if not config.lora.rank:
+        return Footprint(count, 0, 0)
+    shapes = target_shapes(flow, config.lora)
+    return Footprint(config.lora.rank * sum(sum(shape) for shape in shapes.values()), count, len(shapes))
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA device; None for others, whose memory is the host's and may be swapped."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def run_texts(config: RunConfig, builtin: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
+    """(training prompts less the held-out ones, none where the run trains on photos alone; held-out prompts).
+
+    `builtin` are the family's own. ConfigError if there are none.
+    """
+    data = config.data
+    held_out = read_prompts(data.eval_prompts, "data.eval_prompts", builtin.get("eval", ()), data.prompt_column)
+    _, on_prompts = sources(data, config.seed, config.optim.steps * config.optim.accumulation)
+    if not on_prompts:
+        return [], held_out
+    prompts = read_prompts(data.prompts, "data.prompts", builtin.get("train", ()), data.prompt_column)
+    return without_held_out(prompts, held_out), held_out

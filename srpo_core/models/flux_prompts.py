@@ -1,0 +1,38 @@
+"""Prompts for previews and evaluation of FLUX runs, written for this project: what `builtin` stands for."""
+
+from __future__ import annotations
+
+EVAL_PROMPTS = (
+    "a woman reading a letter by a window in the morning",
+    "a fox asleep in tall grass",
+    "an old fisherman mending a net on a stone pier",
+    "a bowl of ripe plums on a wooden table",
+    "a narrow street after rain, shop signs reflected in the puddles",
+    "two children building a sandcastle at low tide",
+    "a mountain lake at dawn with mist over the water",
+    "a glass of tea beside an open book",
+    "portrait of a violinist with grey hair",
+    "a black dog running through snow",
+    "a market stall full of oranges and lemons",
+    "a lighthouse in a storm, seen from the cliffs",
+    "a man in a yellow raincoat waiting for a bus",
+    "a loaf of bread cut open on a linen cloth",
+    "a cat on a red sofa looking at the camera",
+    "a desert road with a single car under a huge sky",
+    "a potter's hands shaping a clay vase",
+    "a greenhouse full of ferns",
+    "three boats in a harbour at night",
+    "a girl with freckles laughing",
+    "an empty theatre seen from the stage",
+    "a plate of pasta with basil and tomatoes",
+    "a heron standing in shallow water",
+    "a blacksmith at work, sparks in the air",
+    "a small wooden house in a pine forest in autumn",
+    "a close view of an eye with a brown iris",
+    "a train crossing a bridge over a gorge",
+    "a robot watering flowers on a balcony",
+    "an elderly couple dancing in a kitchen",
+    "a vase of tulips in front of a blue wall",
+    "a horse and its foal in a meadow",
+    "a city skyline at dusk with lights coming on",
+)

@@ -1,0 +1,103 @@
+"""`srpo train SOURCE --check`: every check that needs no weights, and the run in a few lines, without starting it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from srpo_core import places
+from srpo_core.catalogue import CATALOGUE
+from srpo_core.checks import Footprint, check_files, check_fit, run_texts, size_notes
+from srpo_core.config import ConfigError, MoreReward, RewardConfig, RunConfig
+from srpo_core.errors import TrainingError
+from srpo_core.interfaces import Components
+from srpo_core.models import load_model
+from srpo_core.parallel import World, make_world
+from srpo_core.photos import Photo, load_photo
+from srpo_core.run_folder import check_space, check_start, device_name, size_text
+from srpo_core.training_data import photo_notes, photo_sizes, sources
+
+_MODEL_FILES = ("path", "transformer", "autoencoder", "clip", "t5", "tokenizers", "lora")
+
+
+def check_run(config: RunConfig, resume: bool = False) -> list[tuple[str, str]]:
+    """(what, in words) of a run that may start. ConfigError if it may not, with the reason.
+
+    Photos are read whole; of models only headers are, where their family can do so.
+    """
+    check_start(config, resume)
+    world = make_world(config.parallel)
+    inputs = check_files(config)
+    components = load_model(config.model, world.device)
+    footprint = check_fit(config, components.outline(), inputs, world.device)
+    texts = run_texts(config, components.prompts)
+    check_space(config, footprint.checkpoint_bytes(config))
+    _read_whole(inputs.photos, config.data.photos)
+    return list(_lines(config, world, components, footprint, texts, inputs.photos))
+
+
+def _read_whole(photos: Sequence[Photo], folder: str | None) -> None:
+    """ConfigError names the photos that can't be decoded to their end."""
+    broken = []
+    for photo in photos:
+        try:
+            load_photo(photo.path, 8, 8)
+        except TrainingError as error:
+            broken.append(str(error))
+    if broken:
+        more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ConfigError(f"data.photos={folder!r}: {len(broken)} can't be used:\n  " + "\n  ".join(broken[:5]) + more)
+
+
+def _lines(
+    config: RunConfig,
+    world: World,
+    components: Components,
+    footprint: Footprint,
+    texts: tuple[Sequence[str], Sequence[str]],
+    photos: Sequence[Photo],
+) -> Iterator[tuple[str, str]]:
+    data, optim, lora = config.data, config.optim, config.lora
+    micros = optim.steps * optim.accumulation
+    on_photos, on_prompts = sources(data, config.seed, micros)
+    trained, frozen = _millions(footprint.trained), _millions(footprint.frozen)
+    where = f"{footprint.layers} layers ({lora.targets})"
+    of_lora = f"a LoRA of rank {lora.rank} on {where}: {trained} parameters beside {frozen} frozen ones"
+    yield "trains", of_lora if lora.rank else f"all {trained} parameters"
+    yield "model", f"{config.model.family}, {config.model.dtype} on {device_name(world.device)}"
+    for name in _MODEL_FILES:
+        if (value := getattr(config.model, name)) is not None:
+            yield "", f"{name}: {value}"
+    for one in (config.reward, *config.reward.more):
+        yield "reward", f"{one.name}{_reward_place(one)}"
+    count = optim.accumulation * data.batch_size
+    yield "steps", f"{optim.steps}, each of {count} {'picture' if count == 1 else 'pictures'}"
+    train, held_out = texts
+    if on_prompts:
+        visited = on_prompts * data.batch_size
+        yield "prompts", f"{len(train):,} to train on, {visited:,} pictures of {data.width} x {data.height} rolled out"
+    if photos:
+        for note in photo_notes(photos, photo_sizes(data, photos)):
+            yield "photos", note
+        visits = on_photos * data.batch_size
+        yield "", f"each is trained on {visits / len(photos):.1f} times, {visits:,} in all"
+    for note in size_notes(config, components):
+        yield "size", note
+    drawn = config.output.preview_prompts if config.output.preview_every else 0
+    yield "previews", f"{min(drawn, len(held_out))} of {len(held_out):,} held-out prompts"
+    yield "memory", f"at least {size_text(footprint.least_bytes(config))} for weights, gradients and optimizer"
+    folder = Path(config.output.dir)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = size_text(shutil.disk_usage(existing).free)
+    yield "checkpoints", f"{size_text(footprint.checkpoint_bytes(config))} each; {free} are free at {folder}"
+
+
+def _reward_place(reward: RewardConfig | MoreReward) -> str:
+    """Where its weights lie, as far as that is said or found."""
+    place = reward.path or (places.find(reward.name) if reward.name in CATALOGUE else None)
+    return f": {place}" if place is not None else ""
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"

@@ -1,0 +1,23 @@
+"""The miniature's parts, and what both sides are asked."""
+
+import pytest
+import torch
+from comfyui_side import GUIDANCE
+
+from srpo_core.config import ModelConfig
+from srpo_core.miniature.captions import random_scenes
+from srpo_core.miniature.models import load
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return load(ModelConfig(family="miniature"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def question(parts):
+    """Two prompts at two levels, on latents that are not square."""
+    prompts = parts.text_encoder([scene.caption() for scene in random_scenes(2, seed=3)])
+    latents = torch.randn(2, 16, 12, 16, generator=torch.Generator().manual_seed(0))
+    sigma, guidance = torch.tensor([0.9, 0.35]), torch.tensor(GUIDANCE)
+    return prompts, {"latents": latents, "sigma": sigma, "guidance": guidance, **prompts.embeds}

@@ -1,0 +1,140 @@
+"""`srpo train SOURCE --check`: what it finds before anything is loaded, on the headers of full-size files."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from flux_weights import DEV, header_only, original_shapes, original_vae_shapes
+from PIL import Image
+from tiny import tiny_config, tiny_flow
+from tiny_flux import save_tiny_flux
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from srpo_core import checks
+from srpo_core.assemble import assemble
+from srpo_core.checks import Footprint, footprint_of
+from srpo_core.cli import main
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.description import load_run
+from srpo_core.plan import check_run
+from srpo_core.rewards.clip_files import new_open_clip
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    """FLUX.1-dev in ComfyUI's files and HPS v2.1, all of full size with holes for content; settings that name them."""
+    from open_clip import get_model_config
+
+    folder = tmp_path_factory.mktemp("models")
+    with torch.device("meta"):
+        clip = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,
+                                            num_attention_heads=12, num_hidden_layers=12))  # fmt: skip
+        t5 = T5EncoderModel(T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                                     feed_forward_proj="gated-gelu"))  # fmt: skip
+    parts = {
+        "transformer": header_only(folder / "flux1-dev.safetensors", original_shapes(**DEV)),
+        "autoencoder": header_only(folder / "ae.safetensors", original_vae_shapes(), "F32"),
+        "clip": header_only(folder / "clip_l.safetensors", shapes_of(clip), "F16"),
+        "t5": header_only(folder / "t5xxl_fp16.safetensors", shapes_of(t5), "F16"),
+        "tokenizers": save_tiny_flux(folder / "tokens"),
+    }
+    hps = new_open_clip(get_model_config("ViT-H-14"), quick_gelu=False)
+    reward = header_only(folder / "HPS_v2.1.safetensors", shapes_of(hps), "F32")
+    (folder / "prompts.txt").write_text("a cat\na dog\na fox asleep in tall grass\n")  # the last is held out
+    return [
+        *(f"model.{name}={path}" for name, path in parts.items()),
+        f"reward.path={reward}", f"data.prompts={folder / 'prompts.txt'}", "parallel.device=cpu",
+    ]  # fmt: skip
+
+
+def test_a_run_is_checked_and_told_without_loading_it(files, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main(["train", "flux-dev-lora", *files, f"output.dir={run_dir}", "--check"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "trains a LoRA of rank 32 on 418 layers (all): 130.7 million parameters beside 11.90 billion frozen" in told
+    assert "model flux, bfloat16 on cpu" in told and "flux1-dev.safetensors" in told
+    assert "reward hpsv2: " in told and "steps 40, each of 32 pictures" in told
+    assert "prompts 2 to train on, 1,280 pictures of 720 x 720 rolled out" in told
+    assert "previews 4 of 32 held-out prompts" in told
+    assert "memory at least 24.1 GiB" in told  # 2 * 11,901,408,320 + 16 * 130,744,320 bytes
+    assert "checkpoints 1.5 GiB each" in told
+    assert not run_dir.exists()
+
+
+def test_the_disk_is_asked_before_anything_is_loaded(files, tmp_path, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 300 * 10**9))
+    assert main(["train", "flux-dev", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
+    assert "checkpoints need about 399.0 GiB more (133.0 GiB each, 3 at once)" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"399.0 GiB more"):
+        assemble(load_run("flux-dev", [*files, f"output.dir={tmp_path / 'run'}"]))
+
+
+def test_a_device_that_cannot_hold_the_weights_is_refused_before_they_are_read(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checks, "device_memory", lambda device: 80 * 10**9)
+    assert main(["train", "flux-dev", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
+    told = capsys.readouterr().err
+    assert "weights, gradients and optimizer alone take 177.3 GiB, cpu has 74.5 GiB; train a LoRA" in told
+
+
+def test_memory_is_counted_by_hand():
+    full, lora = Footprint(1000, 0, 0), Footprint(10, 1000, 3)
+    assert full.least_bytes(RunConfig()) == 16_000 and full.checkpoint_bytes(RunConfig()) == 12_000
+    averaged = RunConfig(optim={"ema_decay": 0.9}, model={"dtype": "float32"})
+    assert lora.least_bytes(RunConfig()) == 160 + 2000 and lora.least_bytes(averaged) == 200 + 4000
+    assert lora.checkpoint_bytes(averaged) == 160
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora__rank": 2}, {"lora__rank": 3, "lora__targets": "attention"}])
+def test_what_is_counted_is_what_is_trained(tmp_path, settings):
+    config = tiny_config(tmp_path, **settings)
+    footprint = footprint_of(config, tiny_flow())
+    trainer = assemble(config)
+    assert footprint.trained == sum(parameter.numel() for parameter in trainer.learner.trained.values())
+    assert 2 * footprint.layers == (len(trainer.learner.trained) if settings else 0)
+    trained = {name: p for name, p in trainer.flow.module.named_parameters() if p.requires_grad}
+    rest = sum(p.numel() for name, p in trainer.flow.module.named_parameters() if name not in trained)
+    assert footprint.frozen == rest
+
+
+def photo_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((40, 60), 80).convert("RGB").save(folder / f"{i}.jpg")
+        (folder / f"{i}.txt").write_text(f"noise {i}")
+    return folder
+
+
+def test_photos_are_read_to_their_end(tmp_path):
+    folder = photo_folder(tmp_path / "photos")
+    config = tiny_config(tmp_path / "run", data__photos=str(folder), data__bucket_step=4)
+    told = dict(check_run(config))
+    assert told["photos"].startswith("3 photos in 1 size")
+    whole = (folder / "1.jpg").read_bytes()
+    (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"1 can't be used:\n  the photo .*1.jpg can't be read: .*truncated"):
+        check_run(config)
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+    config = tiny_config(tmp_path, data__prompts="nowhere.txt", data__photos="gone", reward__name="clap")
+    with pytest.raises(ConfigError) as caught:
+        check_run(config)
+    first, *others = str(caught.value).splitlines()
+    assert first == "3 things to put right:" and len(others) == 3
+    assert "nowhere.txt" in others[0] and "'gone'" in others[1] and "clap" in others[2]
+
+
+def test_a_folder_with_a_run_is_told(tmp_path):
+    assemble(tiny_config(tmp_path, optim__steps=1)).train()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        check_run(tiny_config(tmp_path, optim__steps=2))
+    assert dict(check_run(tiny_config(tmp_path, optim__steps=2), resume=True))["steps"] == "2, each of 2 pictures"
