@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,13 +19,14 @@ from srpo_core.learner import Parts
 from srpo_core.lora import add_lora, lora_alpha, lora_targets, start_from
 from srpo_core.models import load_model
 from srpo_core.parallel import World, make_world
-from srpo_core.photos import Photo
+from srpo_core.photos import Photo, check_whole
 from srpo_core.preference import ControlWords
 from srpo_core.progress import Display
 from srpo_core.prompts import PromptSequence, ordered_sequence, prompt_sequence
 from srpo_core.randomness import generator_for
 from srpo_core.rewards import load_rewards
 from srpo_core.rewards.mixture import blind_notes
+from srpo_core.rewards.trial import try_rewards
 from srpo_core.run_folder import check_space
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
@@ -38,29 +41,43 @@ def assemble(config: RunConfig) -> Trainer:
         components = load_model(config.model, world.device)
     footprint = check_fit(config, components.outline(), inputs, world.device)
     check_space(config, footprint.checkpoint_bytes(config))
+    check_whole(inputs.photos, f"data.photos={config.data.photos!r}")
     advice = "try model.t5_memory=8bit or offload"
     with Display(quiet=not world.is_main) as display, enough_memory("encoding prompts", advice):
-        data, held_out = _encode_prompts(config, components, inputs.photos, world, display)
+        prompts, held_out = run_texts(config, components.prompts)
+        data, encoded = _encode(config, components, (prompts, held_out, inputs.photos), world, display)
     components.release("text_encoder")
+    words = ControlWords(config.reward.liked, config.reward.disliked)
     with enough_memory("loading the models", "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"):
+        rewards = load_rewards(config.reward, world.device)
+        try_rewards(rewards, words, config.data.height, config.data.width, world.device)
         components.full_precision = not config.lora.rank
         flow, autoencoder = components.flow, components.autoencoder
         lora = _prepare(config, flow, inputs.start)
-        rewards = load_rewards(config.reward, world.device)
-    words = ControlWords(config.reward.liked, config.reward.disliked)
     notes = photo_notes(inputs.photos, photo_sizes(config.data, inputs.photos))
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
-    parts = Parts(flow, autoencoder, rewards, words, data, held_out, components.measures, lora, notes)
+    parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
+    parts.trained_on = _digest(prompts, inputs.photos)
     return Trainer(config, world, parts)
 
 
-def _encode_prompts(
-    config: RunConfig, components: Components, photos: Sequence[Photo], world: World, display: Display | None
+def _digest(prompts: Sequence[str], photos: Sequence[Photo]) -> str:
+    """Of what the order of training depends on beside the settings: prompts, and photos' names, captions and sizes."""
+    told = [list(prompts), [(photo.path.name, photo.caption, photo.height, photo.width) for photo in photos]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _encode(
+    config: RunConfig,
+    components: Components,
+    inputs: tuple[Sequence[str], Sequence[str], Sequence[Photo]],
+    world: World,
+    display: Display | None,
 ) -> tuple[TrainingData, PromptBatch | StoredPrompts]:
-    """What is trained on, and the held-out prompts."""
+    """What is trained on, and the held-out prompts; `inputs` are (prompts, held-out prompts, photos)."""
     data, text_encoder = config.data, components.text_encoder
-    prompts, held_out = run_texts(config, components.prompts)
+    prompts, held_out, photos = inputs
     cache = embedding_cache(text_encoder, config)
     display = display if cache is not None else None
     count = max(config.output.preview_prompts, config.output.evaluate_prompts, PROBE_PROMPTS)
@@ -100,5 +117,5 @@ def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters to `dtype`; buffers, such as tables of angles, keep the precision that the family chose for them."""
     for parameter in module.parameters():
-        if parameter.is_floating_point():  # not the codes of a matrix in 8 bits
+        if parameter.is_floating_point() and parameter.itemsize > 1:  # not the codes of a matrix in 8 bits
             parameter.data = parameter.data.to(dtype)

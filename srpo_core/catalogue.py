@@ -64,6 +64,16 @@ class Entry:
         """About how many bytes a download into the cache is; the hub says exactly."""
         return sum(file.size or 0 for file in self.files if file.cached)
 
+    @property
+    def comfyui_size(self) -> int:
+        """The same of a download into ComfyUI's folders."""
+        return sum(file.size or 0 for file in self.files if file.place is not None)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two downloads are different files."""
+        return any(file.cached != (file.place is not None) for file in self.files)
+
 
 def _diffusers(repository: str) -> tuple[File, ...]:
     """The files of a FLUX repository in diffusers format, weights as sharded safetensors."""

@@ -3,7 +3,7 @@
 weights.safetensors     the trained parameters, by their names in the module
 ema.safetensors         their running average, if the run keeps one
 optimizer.safetensors   `<parameter>/<state>`
-state.json              {"format", "step", "best", "lora", "metrics"}
+state.json              {"format", "step", "best", "lora", "metrics", "trained_on"}
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from srpo_core.config import LoraConfig
 from srpo_core.errors import TrainingError
 from srpo_core.files import sync
 from srpo_core.lora import add_lora, has_lora
+from srpo_core.weights.tensors import WeightsError, open_tensors
 
 FORMAT = 1
 _NAME = re.compile(r"step-\d{6,}")
@@ -89,7 +90,7 @@ def read_tensors(folder: Path, name: str, device: torch.device | str = "cpu") ->
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> TrainingError:
+def _unreadable(path: Path, error: Exception | str) -> TrainingError:
     folder = path.parent
     older = [other.name for other in list_checkpoints(folder.parent.parent) if other != folder]
     way_out = f"to go on from {older[-1]}" if older else "to start over from the base model"
@@ -114,20 +115,24 @@ def load_weights(folder: Path, module: nn.Module, averaged: bool | None = None) 
 @torch.no_grad()
 def copy_tensors(folder: Path, name: str, targets: Mapping[str, Tensor], exactly: bool = False) -> None:
     """Copy "weights" or "ema" of a checkpoint into tensors of the same names; `exactly`: none may be left out."""
-    read = read_tensors(folder, name)
-    problems = [f"{key} {list(read[key].shape)}" for key in read if _shape(targets, key) != read[key].shape]
-    problems += [f"{key} is missing" for key in targets if exactly and key not in read]
-    if problems:
-        raise TrainingError(
-            f"{folder / name}.safetensors doesn't fit the model ({len(problems)} tensors, such as {problems[0]});"
-            " check model.family, model.path and the lora settings"
-        )
-    for key, tensor in read.items():
-        targets[key].copy_(tensor)
+    path = folder / f"{name}.safetensors"
+    try:
+        file = open_tensors(path, "")
+        problems = [f"{key} {list(i.shape)}" for key, i in file.info.items() if _shape(targets, key) != i.shape]
+        problems += [f"{key} is missing" for key in targets if exactly and key not in file]
+        if problems:
+            raise TrainingError(
+                f"{path} doesn't fit the model ({len(problems)} tensors, such as {problems[0]});"
+                " check model.family, model.path and the lora settings"
+            )
+        for key in file.info:
+            targets[key].copy_(file.read(key))  # one at a time
+    except WeightsError as error:
+        raise _unreadable(path, error.reason) from error
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
+def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
 
 
 def save(run_dir: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
@@ -137,12 +142,14 @@ def save(run_dir: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tens
     """
     folder = checkpoint_folder(run_dir, step)
     beside = folder.with_name(f".tmp-{folder.name}")
+    lora = state.get("lora")  # told as diffusers tells it: the file is a LoRA of its own, with the right alpha
+    metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": lora["alpha"]})} if lora else None
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for name, named in tensors.items():
             path = beside / f"{name}.safetensors"
-            save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, path)
+            save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, path, metadata)
             sync(path)
         path = beside / "state.json"
         path.write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")

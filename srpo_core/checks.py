@@ -16,7 +16,7 @@ from srpo_core.models import MODELS
 from srpo_core.photos import Photo, find_photos
 from srpo_core.prompts import read_prompts, without_held_out
 from srpo_core.rewards import check_reward
-from srpo_core.training_data import photo_sizes, sources
+from srpo_core.training_data import needs_prompts, photo_sizes, sources
 from srpo_core.weights.lora_names import Lora
 
 
@@ -64,7 +64,7 @@ def check_files(config: RunConfig) -> Inputs:
             " model.frozen_memory=full"
         )
     start = None
-    for setting in ("prompts", "eval_prompts"):
+    for setting in ("prompts", "eval_prompts") if needs_prompts(config.data) else ("eval_prompts",):
         value = getattr(config.data, setting)
         if value != "builtin":
             with _noted(complaints):

@@ -15,13 +15,14 @@ from pathlib import Path
 
 _EPILOG = """\
 start here:
-  srpo train miniature                         fine-tune the built-in small model on the CPU, in minutes
-  srpo train miniature optim.lr=2e-4 seed=1    the same with other settings (srpo settings lists them)
-  srpo report runs/miniature                   the run as one HTML page
-  srpo doctor                                  what is installed here, and what is missing
+  srpo train miniature                  the built-in small model, on the CPU
+  srpo train miniature optim.lr=2e-4    with other settings (srpo settings)
+  srpo report runs/miniature            the run as one HTML page
+  srpo doctor                           what is installed, what is missing
 
 exit codes:
-  0 done, 1 failed on the way, 2 wrong settings, 3 training stopped and saved (go on with --resume), 130 interrupted
+  0 done, 1 failed on the way, 2 wrong settings or arguments,
+  3 training stopped and saved (go on with --resume), 130 interrupted
 """
 _SOURCE = "a preset (srpo settings lists them), a .yaml or .json description, or the folder of a run"
 _OVERRIDES = "settings to change, for example optim.lr=1e-5"
@@ -112,7 +113,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=_positive, help="Euler steps (default: 50 with FLUX, else output.preview_steps)"
     )
-    parser.add_argument("--guidance", type=float, help="distilled guidance (default: output.preview_guidance)")
+    parser.add_argument("--guidance", type=_guidance, help="distilled guidance (default: output.preview_guidance)")
     parser.add_argument("--seed", type=_seed, default=0, help="seed of the first picture of a prompt (default 0)")
     parser.add_argument("--count", type=_positive, default=1, help="pictures per prompt, with seeds counting up")
     parser.add_argument("--batch-size", type=_positive, help="pictures at once (default: data.batch_size)")
@@ -141,9 +142,8 @@ def _score(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--source",
-        default="miniature",
         metavar="SOURCE",
-        help=f"whose reward and words: {_SOURCE} (default: miniature)",
+        help=f"whose reward and words: {_SOURCE} (default: the run in whose folder the pictures lie, else miniature)",
     )
     parser.add_argument("--reward", metavar="NAME", help="another reward than the source's")
     parser.add_argument(
@@ -151,7 +151,7 @@ def _score(parser: argparse.ArgumentParser) -> None:
         help="how the reward sees a picture: whole, with black beside it, or its centre square; default: as in the"
         " reward's official scoring, which is pad for hpsv2 and crop for others",
     )  # fmt: skip
-    parser.add_argument("--reward-path", metavar="FILE", help="its weights")
+    parser.add_argument("--reward-path", metavar="FILE", help="its weights (reward.path)")
     parser.add_argument("--liked", metavar="WORD,WORD", help="liked control words")
     parser.add_argument("--disliked", metavar="WORD,WORD", help="disliked control words")
     parser.add_argument(
@@ -162,7 +162,7 @@ def _score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="NAME",
-        help="NAME.csv, .json and .html are written (default: srpo_scores beside the first picture)",
+        help="NAME.csv, NAME.json and NAME.html are written (default: srpo_scores beside the first picture)",
     )
 
 
@@ -233,6 +233,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _guidance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is outside 0 to 100")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import textwrap
@@ -124,7 +125,8 @@ def sample(args: Namespace) -> int:
     count = len(outcome.files)
     kept = "" if outcome.drawn else "; they were there already" if count > 1 else "; it was there already"
     print(f"{count} {'picture' if count == 1 else 'pictures'} in {folder}{kept}")
-    source = [] if config.reward == load_run("miniature").reward else ["--source", args.source]  # score's own default
+    own = _run_of(folder)  # score's own default
+    source = [] if config.reward == load_run(run_source(own)).reward else ["--source", args.source]
     print(f"Score them with:  {command_line('score', folder, *source)}")
     return 0
 
@@ -145,7 +147,7 @@ def encode(args: Namespace) -> int:
 
 def score(args: Namespace) -> int:
     """Score pictures: the table on the terminal, as CSV and JSON, and a page to look through."""
-    config = load_run(run_source(args.source))
+    config = load_run(run_source(args.source or _run_of(Path(args.images[0]))))
     chosen = {
         "name": args.reward,
         "path": args.reward_path,
@@ -154,20 +156,28 @@ def score(args: Namespace) -> int:
         "fit": args.fit,
     }
     from srpo_core import score_files, score_tables, scoring
+    from srpo_core.files import check_writable
     from srpo_core.progress import Display
     from srpo_core.report.score_page import Thumbnails, write_score_page
 
     settings = scoring.reward_settings(config.reward, chosen)
     pictures = score_files.find_pictures([Path(name) for name in args.images], args.prompts, config.data.prompt_column)
+    out = Path(re.sub(r"\.(csv|json|html)$", "", args.out)) if args.out else pictures[0].path.parent / "srpo_scores"
+    check_writable(out.parent, "--out")
     thumbnails, model = Thumbnails(len(pictures)), config.model if args.measures else None
     with Display() as display:
         rows = scoring.score_pictures(pictures, settings, model, args.device, args.batch_size, thumbnails.add, display)
-    out = Path(args.out) if args.out else pictures[0].path.parent / "srpo_scores"
     score_tables.print_table(rows, settings)
     tables = score_tables.write_tables(rows, settings, out)
     page = write_score_page(rows, settings, thumbnails.uris, out, out.resolve().parent.name)
     print(f"Written: {', '.join(str(path) for path in tables)}\nPage:    {page}")
     return 0
+
+
+def _run_of(pictures: Path) -> str:
+    """The run in whose folder pictures lie, as `srpo sample` puts them there; else the miniature."""
+    folders = [pictures.absolute(), *pictures.absolute().parents][:4]
+    return next((str(folder) for folder in folders if (folder / "run.json").is_file()), "miniature")
 
 
 def _words(text: str | None) -> list[str] | None:
@@ -217,7 +227,8 @@ def settings(args: Namespace) -> int:
     values = load_run(run_source(args.source)) if args.source else RunConfig()
     rows = [row for row in describe_fields() if args.filter in row[0]]
     if not rows:
-        raise ConfigError(f"no setting's name contains {args.filter!r}")
+        preset = f"; the preset's values: srpo settings --source {args.filter}" if args.filter in preset_names() else ""
+        raise ConfigError(f"no setting's name contains {args.filter!r}{preset}")
     if not args.filter:
         print("Presets (srpo train PRESET):\n" + "".join(f"  {name}\n" for name in preset_names()))
         whose = f"values in {args.source}" if args.source else "defaults"

@@ -83,8 +83,8 @@ class ModelConfig(Section):
     lora_strength: float = Field(1.0, ge=-10, le=10, description="strength with which model.lora is merged")
     frozen_memory: Literal["full", "8bit"] = Field(
         "full",
-        description="how the matrices that a LoRA leaves frozen are held: in model.dtype, or in 8 bits, expanded one at"
-        " a time (half the memory, rounded to 1/254 of each row's largest)",
+        description="how the matrices that a LoRA leaves frozen are held: in model.dtype, or in 8 bits, expanded when"
+        " they are used (half the memory with model.recompute, rounded to 1/254 of each row's largest)",
     )
 
 

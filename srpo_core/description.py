@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from srpo_core.config import ConfigError, RunConfig, nearest
+from srpo_core.config import ConfigError, MoreReward, RunConfig, nearest
 
 ELSEWHERE = {
     "learning_rate": "optim.lr",
@@ -46,9 +46,8 @@ ELSEWHERE = {
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return None
+    plain = typing.get_origin(annotation) is None  # Python 3.10 takes list[str] for a class
+    return annotation if plain and isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def describe_fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
@@ -139,6 +138,8 @@ def _explain(error: ValidationError) -> str:
             wanted = ELSEWHERE.get(location[-1].lower(), location[-1])
             everywhere = [n for n in names if wanted in (n, n.split(".")[-1])]
             hint = f"; did you mean {everywhere[0]!r}?" if everywhere else nearest(name, siblings)
+            if location[:2] == ["reward", "more"]:
+                hint = nearest(location[-1], list(MoreReward.model_fields))
             lines.append(f"unknown setting {name!r}{hint}")
         else:
             lines.append(f"{name}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -21,9 +22,9 @@ from srpo_core.catalogue import CATALOGUE
 PURPOSE = {
     "torch": "everything",
     "diffusers": "the FLUX transformer and autoencoders",
-    "transformers": "text encoders, CLIP and PickScore rewards",
+    "transformers": "text encoders, rewards",
     "accelerate": "models that are built before their weights are read",
-    "tokenizers": "tokenizers of rewards",
+    "tokenizers": "tokenizers of text encoders and rewards",
     "huggingface_hub": "srpo download, and finding what was downloaded",
     "peft": "LoRA training",
     "open_clip_torch": "the HPS v2.1 reward, and CLIP rewards in open_clip's format",
@@ -37,7 +38,7 @@ PURPOSE = {
     "matplotlib": "figures",
     "tensorboard": "curves while training (output.tensorboard)",
     "pyarrow": "prompts in .parquet and .arrow files",
-    "hpsv2": "the HPS v2 authors' own scorer; nothing here needs it",
+    "hpsv2": "the HPS v2 authors' own scorer: nothing here needs it, and it asks for old packages",
     "flash-attn": "faster attention on recent NVIDIA GPUs (not used yet)",
     "comfy-cli": "installing ComfyUI (the nodes are still to come)",
 }
@@ -120,10 +121,11 @@ class Findings:
         lines = ["", *(f"models are looked for in {place}" for place in self.model_places)]
         for name, path in self.models.items():
             if path is not None:
-                lines.append(f"  ok {name:<12}  {places.setting_for(CATALOGUE[name], Path(path))}={path}")
+                lines.append(f"  ok {name:<12}  {places.as_setting(CATALOGUE[name], Path(path))}")
         absent = [name for name, path in self.models.items() if path is None]
         if absent:
-            lines.append(f"  not here: {', '.join(absent)} (srpo download NAME gets one)")
+            text = f"not here: {', '.join(absent)} (srpo download NAME gets one)"
+            lines += textwrap.wrap(text, 80, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
         return lines
 
 
@@ -160,7 +162,7 @@ def model_places() -> list[str]:
     """Where models are looked for, in words."""
     root = places.comfyui_root()
     if root is None:
-        return [f"{places.cache_root()} (Hugging Face); no ComfyUI is known, COMFYUI_PATH would name its folder"]
+        return [f"{places.cache_root()} (Hugging Face); COMFYUI_PATH would add ComfyUI's folder"]
     return [f"{root / 'models'} (ComfyUI)", f"{places.cache_root()} (Hugging Face)"]
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from srpo_core import hub, places
 from srpo_core.catalogue import CATALOGUE, Entry, File
 from srpo_core.config import ConfigError, nearest
+from srpo_core.files import nearest_existing
 
 _SLOW_CHECK = 10**9
 """A checksum of a larger file takes seconds: say so."""
@@ -190,20 +192,22 @@ def show(items: Sequence[Item], comfyui: Path | None) -> str:
 
 def free_space(folder: Path) -> int:
     """Free bytes on the disk of a folder, which need not exist yet."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def check_space(items: Sequence[Item]) -> None:
-    """DownloadError if the disk has no room for the rest."""
-    missing = sum(item.missing for item in items)
-    folder = items[0].target.parent
-    free = free_space(folder)
-    if missing > free:
-        raise hub.DownloadError(
-            f"no room: {size_text(missing)} are to come and {size_text(free)} are free on the disk of {folder}; make"
-            " room, or choose another place (--to comfyui FOLDER; HF_HOME for the cache)"
-        )
+    """DownloadError if a disk has no room for its part of the rest: folders of models may be links to other disks."""
+    disks: dict[int, list[Item]] = {}
+    for item in items:
+        disks.setdefault(nearest_existing(item.target.parent).stat().st_dev, []).append(item)
+    for there in disks.values():
+        folder, missing = there[0].target.parent, sum(item.missing for item in there)
+        free = free_space(folder)
+        if missing > free:
+            raise hub.DownloadError(
+                f"no room: {size_text(missing)} are to come and {size_text(free)} are free on the disk of {folder};"
+                " make room, or choose another place (--to comfyui FOLDER; HF_HOME for the cache)"
+            )
 
 
 def fetch(items: Sequence[Item], say: Callable[[str], object] = print) -> None:
@@ -280,11 +284,19 @@ def listing() -> str:
     lines = ["srpo download NAME...\n"]
     for entry in CATALOGUE.values():
         gate = ", gated" if entry.gated else ""
-        lines.append(f"  {entry.name:<13} {'about ' + size_text(entry.size):>15}  {entry.what}")
-        lines.append(f"  {'':<13} {'':>15}  {entry.repository}; licence: {entry.licence}{gate}")
+        sizes = [size_text(entry.size), *([f"{size_text(entry.comfyui_size)} into ComfyUI"] * entry.differs)]
+        about = {
+            entry.name: f"{entry.what}; about {', '.join(sizes)}",
+            "": f"{entry.repository}; licence: {entry.licence}{gate}",
+        }
+        for name, text in about.items():
+            start = f"  {name:<13}  "
+            lines += textwrap.wrap(
+                text, 80, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+            )
         found = places.find(entry.name)
         if found is not None:
-            lines.append(f"  {'':<13} {'':>15}  here: {found}")
+            lines.append(f"{'':<17}here: {places.as_setting(entry, found)}")
     return "\n".join(lines)
 
 
@@ -303,5 +315,5 @@ def settings(entries: Sequence[Entry], comfyui: Path | None) -> list[str]:
     for entry in entries:
         path = places.in_comfyui(entry, comfyui) if comfyui else places.in_cache(entry)
         if path is not None:
-            lines.append(f"{places.setting_for(entry, path)}={path}")
+            lines.append(places.as_setting(entry, path))
     return lines

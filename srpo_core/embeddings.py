@@ -22,6 +22,7 @@ from torch import Tensor
 
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.errors import TrainingError
+from srpo_core.files import check_writable
 from srpo_core.interfaces import PromptBatch, TextEncoder
 from srpo_core.progress import Display
 from srpo_core.weights.tensors import WeightsError, open_tensors
@@ -152,10 +153,12 @@ def encode(
     """All prompts, encoded `batch_size` at a time and held in memory on the CPU, or in the cache where there is one.
 
     With a cache only what it lacks is encoded, and the text encoder isn't called if that is nothing. `display`, if any,
-    counts what is encoded.
+    counts what is encoded. ConfigError, before the encoder is called, if the cache can't be written to.
     """
     wanted = list(prompts) if cache is None else cache.missing(prompts)
     size = batch_size or getattr(text_encoder, "batch_size", BATCH_SIZE)
+    if cache is not None and wanted:
+        check_writable(cache.folder, "data.embeddings")  # before an encoder is loaded
     if display is not None and wanted:
         display.phase("encoding prompts", len(wanted))
     parts: list[PromptBatch] = []

@@ -13,6 +13,7 @@ from srpo_core.parallel import World, divided_world
 from srpo_core.photos import find_photos
 from srpo_core.progress import Display
 from srpo_core.prompts import read_prompts
+from srpo_core.training_data import needs_prompts
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def all_prompts(config: RunConfig, components: Components) -> list[str]:
     found = read_prompts(data.eval_prompts, "data.eval_prompts", builtin.get("eval", ()), data.prompt_column)
     if data.photos is not None:
         found += [photo.caption for photo in find_photos(data.photos, column=data.prompt_column)]
-    if data.photos is None or data.photo_share < 1:
+    if needs_prompts(data):
         found += read_prompts(data.prompts, "data.prompts", builtin.get("train", ()), data.prompt_column)
     return list(dict.fromkeys(found))
 

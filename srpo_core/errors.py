@@ -49,7 +49,10 @@ def blamed_on(part: str) -> Iterator[None]:
     except Exception as error:
         if ran_out_of_memory(error):
             raise
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise TrainingError(
-            f"{part} failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        ) from error
+        raise TrainingError(f"{part} failed: {with_place(error)}") from error
+
+
+def with_place(error: Exception) -> str:
+    """An unexpected error in words: its kind, its message, and the line that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"

@@ -1,10 +1,13 @@
-"""Writing files so that a reader, or the next run, never finds half of one."""
+"""Writing files so that a reader, or the next run, never finds half of one; where that can't be, it is said early."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
+
+from srpo_core.config import ConfigError
 
 _SAMPLE = 1 << 16
 
@@ -24,10 +27,29 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8) beside its place, then rename it there; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".tmp-{path.name}")
-    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    sync(beside)
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        sync(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Make a folder and write to it, before long work. ConfigError that names `setting` if that can't be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{setting}: {folder} can't be written to ({error.strerror}); name another folder") from error
 
 
 def fingerprint(path: Path) -> str:

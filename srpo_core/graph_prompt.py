@@ -18,7 +18,7 @@ def is_graph(text: str) -> bool:
     """Whether it is a graph: a JSON object."""
     try:
         return isinstance(json.loads(text), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -26,7 +26,10 @@ def graph_prompt(text: str) -> str:
     """The one positive prompt of a graph; "" if there is none, or if several texts meet in it."""
     graph = json.loads(text)
     drawing = [node for node in graph.values() if any(name in _inputs(node) for name in _SAMPLERS)]
-    found = {one.strip() for node in drawing for one in _texts(graph, node, set())} - {""}
+    try:
+        found = {one.strip() for node in drawing for one in _texts(graph, node, set())} - {""}
+    except RecursionError:  # a chain longer than any that was drawn by hand
+        return ""
     return found.pop() if len(found) == 1 else ""
 
 

@@ -78,7 +78,7 @@ def repository(name: str) -> Repository:
         files = []
         for entry in info.siblings or ():
             digest = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
-            if not _DIGEST.fullmatch(digest) or ".." in entry.rfilename.split("/"):
+            if not _DIGEST.fullmatch(digest) or not _is_below(entry.rfilename):
                 raise ValueError(f"{entry.rfilename}: {digest}")
             files.append(RemoteFile(entry.rfilename, int(entry.size), digest))
         if not _DIGEST.fullmatch(info.sha):
@@ -86,6 +86,11 @@ def repository(name: str) -> Repository:
     card = info.card_data.to_dict() if info.card_data is not None else {}
     licence = card.get("license_name") or card.get("license")
     return Repository(name, info.sha, licence, bool(info.gated), tuple(files))
+
+
+def _is_below(path: str) -> bool:
+    """Whether a repository's path stays below the folder that it is appended to, on any system."""
+    return not re.search(r"[\\:\0]", path) and not {"", ".", ".."} & set(path.split("/"))
 
 
 def check_access(repository: Repository, file: RemoteFile) -> None:
@@ -208,4 +213,5 @@ def _how_to_get_in(repository: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\?\S+", "?...", line)[:200]  # storage addresses carry signatures behind the ?

@@ -46,6 +46,8 @@ class Parts:
     """What state.json tells of a LoRA: {"rank", "alpha", "targets"}."""
     notes: Sequence[str] = ()
     """What the user should know before training starts."""
+    trained_on: str = ""
+    """A digest of the prompts and photos: a resumed run says so if they are others."""
 
 
 class Learner:

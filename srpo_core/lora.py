@@ -81,18 +81,21 @@ class ChosenLora:
 
     @classmethod
     def parse(cls, text: str) -> ChosenLora:
-        """FILE or FILE:STRENGTH, such as "style.safetensors:0.8"."""
+        """FILE or FILE:STRENGTH, such as "style.safetensors:0.8". ConfigError for a strength that is not finite."""
         path, separator, strength = text.rpartition(":")
         try:
-            return cls(Path(path), float(strength)) if separator and path else cls(Path(text))
+            chosen = cls(Path(path), float(strength)) if separator and path else cls(Path(text))
         except ValueError:  # the colon is the path's own
             return cls(Path(text))
+        if not math.isfinite(chosen.strength):
+            raise ConfigError(f"{text}: a LoRA's strength is a number such as 0.8, not {strength}")
+        return chosen
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Weight shapes [out, in] of a module's linear layers by their paths, without the layers of a LoRA beside them."""
     return {
-        name.removesuffix(".base_layer"): tuple(layer.weight.shape)
+        name.removesuffix(".base_layer"): (layer.out_features, layer.in_features)
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and not {"lora_A", "lora_B"} & set(name.split("."))
     }

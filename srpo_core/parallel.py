@@ -55,8 +55,8 @@ def attention_with_gradient() -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that `parallel.device` names; auto is the first of cuda, mps and cpu that is there."""
+def choose_device(name: str, setting: str = "parallel.device") -> torch.device:
+    """The device that a setting names; auto is the first of cuda, mps and cpu that is there."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -65,21 +65,22 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"parallel.device={name!r} can't be used here ({reason}); auto picks what is there"
-        ) from error
+        raise ConfigError(f"{setting}={name!r} can't be used here ({reason}); auto picks what is there") from error
     return device
 
 
-def make_world(config: ParallelConfig) -> World:
-    """The world of a single process. ConfigError if it was started as one of several, or without its device."""
+def make_world(config: ParallelConfig, setting: str = "parallel.device") -> World:
+    """The world of a single process, its device chosen by `setting`.
+
+    ConfigError if it was started as one of several, or without its device.
+    """
     size = _from_launcher("WORLD_SIZE", 1)
     if size > 1:
         raise ConfigError(
             f"WORLD_SIZE={size}: only `srpo sample` and `srpo encode` share their work among processes; start this"
             " command as a single one, without torchrun"
         )
-    return World(rank=0, size=1, device=choose_device(config.device))
+    return World(rank=0, size=1, device=choose_device(config.device, setting))
 
 
 def divided_world(config: ParallelConfig) -> World:

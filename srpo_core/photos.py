@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def load_photo(path: Path, height: int, width: int) -> Tensor:
     """
     try:
         with Image.open(path) as opened:
-            image = _rgb(ImageOps.exif_transpose(opened))
+            image = as_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow raises many kinds for a broken file
         raise TrainingError(
             f"the photo {path} can't be read: {error}; repair it or take it out of the folder"
@@ -172,7 +173,24 @@ def load_photo(path: Path, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def check_whole(photos: Sequence[Photo], setting: str) -> None:
+    """Decode every photo to its end. ConfigError names those for which that fails."""
+
+    def complaint(photo: Photo) -> str | None:
+        try:
+            load_photo(photo.path, 8, 8)
+        except TrainingError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(4) as threads:
+        broken = [told for told in threads.map(complaint, photos) if told is not None]
+    if broken:
+        more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise ConfigError(f"{setting}: {len(broken)} can't be used:\n  " + "\n  ".join(broken[:5]) + more)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: 16-bit grey is scaled, alpha laid over white, an embedded profile turned to sRGB."""
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image).astype(np.float64)

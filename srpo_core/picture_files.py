@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +50,16 @@ def plan(prompts: Sequence[str], seeds: Sequence[int], folder: Path) -> list[Pic
     """The pictures of all prompts and seeds, prompt by prompt."""
     pictures = []
     for index, prompt in enumerate(prompts):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
         for seed in seeds:
-            pictures.append(Picture(prompt, index, seed, folder / f"{index:03d}-{slug}-{seed}.png"))
+            name = "-".join(filter(None, (f"{index:03d}", _slug(prompt), str(seed))))
+            pictures.append(Picture(prompt, index, seed, folder / f"{name}.png"))
     return pictures
 
 
-def make_folder(folder: Path) -> None:
-    """Make the pictures' folder. ConfigError if that can't be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {folder} can't be made: {error}; name another folder") from error
+def _slug(prompt: str) -> str:
+    """A prompt's beginning in letters and digits that any file system takes: "Größe, 2" -> "grosse-2"."""
+    plain = unicodedata.normalize("NFKD", prompt.casefold()).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:48].rstrip("-")
 
 
 def is_drawn(picture: Picture, settings: Mapping[str, Any]) -> bool:
@@ -88,7 +87,7 @@ def read_record(path: Path) -> Record | None:
     try:
         with Image.open(path) as image:
             record = json.loads(image.info.get(RECORD, "null"))
-    except (OSError, ValueError, TypeError, Image.DecompressionBombError):
+    except (OSError, ValueError, TypeError, RecursionError, Image.DecompressionBombError):
         return None
     return record if isinstance(record, dict) else None
 
@@ -130,7 +129,7 @@ def prompt_of(info: Mapping[str, Any]) -> str:
     """
     try:
         record = json.loads(info.get(RECORD, "null"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         record = None
     if isinstance(record, dict) and record.get("prompt"):
         return str(record["prompt"]).strip()
@@ -138,7 +137,7 @@ def prompt_of(info: Mapping[str, Any]) -> str:
         text = str(info.get("prompt", "")).strip()
         return graph_prompt(text) if is_graph(text) else text
     text = re.split(r"^(?:Negative prompt:|Steps: \d+, )", str(info["parameters"]), maxsplit=1, flags=re.MULTILINE)[0]
-    return text.strip()
+    return re.sub(r"<(?:lora|lyco|hypernet):[^<>]*>", "", text).strip(" ,\n")  # they load files and say nothing
 
 
 def write_index(pictures: Sequence[Picture], settings: Mapping[str, Any]) -> bool:

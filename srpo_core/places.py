@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,11 @@ def setting_for(entry: Entry, path: Path) -> str:
     """The setting that takes an entry which lies at `path`."""
     cached = path.is_relative_to(cache_root())
     return entry.cache_setting if cached and entry.cache_setting is not None else entry.setting
+
+
+def as_setting(entry: Entry, path: Path) -> str:
+    """An entry at `path` as a command takes it: "model.t5=/..."; quoted where a shell needs it."""
+    return shlex.quote(f"{setting_for(entry, path)}={path}")
 
 
 def cache_root() -> Path:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from srpo_core import places
 from srpo_core.catalogue import CATALOGUE
 from srpo_core.checks import Footprint, check_files, check_fit, run_texts, size_notes
-from srpo_core.config import ConfigError, MoreReward, RewardConfig, RunConfig
-from srpo_core.errors import TrainingError
+from srpo_core.config import MoreReward, RewardConfig, RunConfig
 from srpo_core.interfaces import Components
 from srpo_core.models import load_model
 from srpo_core.parallel import World, make_world
-from srpo_core.photos import Photo, load_photo
-from srpo_core.run_folder import check_space, check_start, device_name, size_text
+from srpo_core.photos import Photo, check_whole
+from srpo_core.run_folder import check_space, check_start, device_name, free_bytes, size_text
 from srpo_core.training_data import photo_notes, photo_sizes, sources
 
 _MODEL_FILES = ("path", "transformer", "autoencoder", "clip", "t5", "tokenizers", "lora")
@@ -33,21 +31,8 @@ def check_run(config: RunConfig, resume: bool = False) -> list[tuple[str, str]]:
     footprint = check_fit(config, components.outline(), inputs, world.device)
     texts = run_texts(config, components.prompts)
     check_space(config, footprint.checkpoint_bytes(config))
-    _read_whole(inputs.photos, config.data.photos)
+    check_whole(inputs.photos, f"data.photos={config.data.photos!r}")
     return list(_lines(config, world, components, footprint, texts, inputs.photos))
-
-
-def _read_whole(photos: Sequence[Photo], folder: str | None) -> None:
-    """ConfigError names the photos that can't be decoded to their end."""
-    broken = []
-    for photo in photos:
-        try:
-            load_photo(photo.path, 8, 8)
-        except TrainingError as error:
-            broken.append(str(error))
-    if broken:
-        more = f"\n  and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise ConfigError(f"data.photos={folder!r}: {len(broken)} can't be used:\n  " + "\n  ".join(broken[:5]) + more)
 
 
 def _lines(
@@ -84,13 +69,17 @@ def _lines(
         yield "", f"each is trained on {visits / len(photos):.1f} times, {visits:,} in all"
     for note in size_notes(config, components):
         yield "size", note
+    yield from _places(config, footprint, len(held_out))
+
+
+def _places(config: RunConfig, footprint: Footprint, held_out: int) -> Iterator[tuple[str, str]]:
+    """What the run needs room for, and how many of the held-out prompts it draws."""
     drawn = config.output.preview_prompts if config.output.preview_every else 0
-    yield "previews", f"{min(drawn, len(held_out))} of {len(held_out):,} held-out prompts"
+    yield "previews", f"{min(drawn, held_out)} of {held_out:,} held-out prompts"
     yield "memory", f"at least {size_text(footprint.least_bytes(config))} for weights, gradients and optimizer"
     folder = Path(config.output.dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = size_text(shutil.disk_usage(existing).free)
-    yield "checkpoints", f"{size_text(footprint.checkpoint_bytes(config))} each; {free} are free at {folder}"
+    each, free = size_text(footprint.checkpoint_bytes(config)), size_text(free_bytes(folder))
+    yield "checkpoints", f"{each} each; {free} are free at {folder}"
 
 
 def _reward_place(reward: RewardConfig | MoreReward) -> str:

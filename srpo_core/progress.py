@@ -21,14 +21,14 @@ from srpo_core.columns import is_detail
 from srpo_core.metrics import StepMetrics
 
 LINES_EVERY = 10
-"""Steps between plain lines."""
+"""Fewest steps between plain lines; a long phase has about a hundred of them."""
 
 
 class Display:
     """A run's voice. `quiet` silences it (ranks other than the main one)."""
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
-        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = console or Console(quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -72,9 +72,9 @@ class Display:
             self.say(f"{name}: {total - done} to do")
 
     def advance(self, done: int, text: str = "") -> None:
-        """`done` of the phase's things are done by now; plain lines come at the first, every tenth and the last."""
+        """`done` of the phase's things are done by now; plain lines come at the first, the last and some between."""
         self._bar.update(self._task, completed=done, text=text)
-        due = done in (self._first + 1, self._total) or done % LINES_EVERY == 0
+        due = done in (self._first + 1, self._total) or done % max(LINES_EVERY, self._total // 100) == 0
         if not self.console.is_terminal and due:
             self.say(f"{done}/{self._total}  {text}  {self._time_left(done)}")
 

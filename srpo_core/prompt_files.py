@@ -58,7 +58,7 @@ class Source:
         for name in (self.column,) if self.column is not None else COLUMNS:
             if name in columns:
                 return name
-        wanted = repr(self.column) if self.column is not None else f"any of {', '.join(COLUMNS)}"
+        wanted = repr(self.column) if self.column is not None else f"called {' or '.join(COLUMNS)}"
         there = ", ".join(repr(name) for name in columns[:20]) or "none"
         raise self.error(f"has no column {wanted}; there are {there}; data.prompt_column names another", line)
 

@@ -32,7 +32,9 @@ def without_held_out(prompts: Sequence[str], held_out: Sequence[str]) -> list[st
     without = set(held_out)
     kept = [prompt for prompt in prompts if prompt not in without]
     if not kept:
-        raise ConfigError("data.prompts: every prompt is also in data.eval_prompts, so none is left to train on")
+        raise ConfigError(
+            "data.prompts: every prompt is also in data.eval_prompts, so none is left to train on; name others there"
+        )
     return kept
 
 

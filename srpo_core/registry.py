@@ -11,23 +11,25 @@ from types import ModuleType
 from typing import Any
 
 from srpo_core.config import ConfigError, nearest
+from srpo_core.errors import with_place
 
 
 def resolve(table: Mapping[str, str], kind: str, name: str) -> Callable[..., Any]:
     """The function that `name` stands for: an entry of `table`, or "module:function" or "file.py:function".
 
-    `kind` ("reward") is for messages. ConfigError if there is no such name, module or function.
+    `kind` ("reward") is for messages. ConfigError if there is no such name, module or function, or its code fails.
     """
     if name not in table and ":" not in name:
         raise ConfigError(f"unknown {kind} {name!r}{nearest(name, list(table))}; your own is file.py:function")
     module_name, _, function_name = table.get(name, name).rpartition(":")
     try:
         module = _from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-        function = getattr(module, function_name)
-    except (ImportError, OSError, ValueError) as error:  # ValueError: an empty module name
+    except (ImportError, OSError, ValueError, SyntaxError) as error:  # ValueError: an empty module name
         raise ConfigError(f"{kind} {name!r} can't be imported: {error}") from error
-    except AttributeError as error:
-        raise ConfigError(f"{kind} {name!r}: {module_name} has no {function_name!r}") from error
+    except Exception as error:  # a user's own code has them all
+        raise ConfigError(f"{kind} {name!r} can't be imported: {with_place(error)}") from error
+    if not callable(function := getattr(module, function_name, None)):
+        raise ConfigError(f"{kind} {name!r}: {module_name} has no {function_name!r}")
     return function
 
 

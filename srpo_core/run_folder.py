@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from filelock import FileLock, Timeout
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.config import ConfigError, RunConfig, flat
 from srpo_core.description import load_run
-from srpo_core.files import write_atomic
+from srpo_core.files import nearest_existing, write_atomic
 from srpo_core.metrics import read_metrics
 
 FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute", "data.embeddings")
@@ -37,6 +38,10 @@ def check_start(config: RunConfig, resume: bool = False) -> None:
     folder = Path(config.output.dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output.dir={config.output.dir!r} is a file; name a folder")
+    there = nearest_existing(folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is read-only" if there.is_dir() else "is a file"
+        raise ConfigError(f"output.dir={config.output.dir!r} can't be written to: {there} {what}; name another folder")
     if not holds_run(folder):
         return
     if not resume:
@@ -109,8 +114,7 @@ def device_name(device: torch.device) -> str:
 def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
     """ConfigError if the disk lacks room for the checkpoints that a run holds at once, less those there already"""
     folder = Path(config.output.dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     present = len(list_checkpoints(folder))
     at_once = min(config.output.keep_checkpoints + 2, config.optim.steps)  # the newest, the best, and one being written
     needed = max(1, at_once - present) * checkpoint_bytes
@@ -120,6 +124,11 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
             f" ({size_text(checkpoint_bytes)} each, {at_once} at once), {size_text(free)} are free; make room,"
             " name a folder on another disk, lower output.keep_checkpoints or train a LoRA"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder that may not be there yet."""
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def size_text(count: int) -> str:

@@ -15,13 +15,13 @@ from srpo_core.config import ConfigError, RunConfig
 from srpo_core.embeddings import StoredPrompts, embedding_cache, encode
 from srpo_core.errors import NotFiniteError
 from srpo_core.export import find_checkpoint
-from srpo_core.files import fingerprint
+from srpo_core.files import check_writable, fingerprint
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Components, PromptBatch, TrainableFlow
 from srpo_core.lora import ChosenLora, linear_shapes, merge_lora
 from srpo_core.models import load_model
 from srpo_core.parallel import World, divided_world
-from srpo_core.picture_files import Picture, check_places, is_drawn, make_folder, plan, save_picture, write_index
+from srpo_core.picture_files import Picture, check_places, is_drawn, plan, save_picture, write_index
 from srpo_core.preview import sample_images
 from srpo_core.progress import Display
 from srpo_core.prompts import read_prompts
@@ -31,7 +31,7 @@ from srpo_core.weights.lora_names import Lora, check_lora, read_lora
 
 DEFAULT_PROMPTS = 4
 """Held-out prompts that are drawn where none are given."""
-MODEL_PARTS = {"family", "path", "transformer", "autoencoder", "clip", "t5", "t5_memory", "lora"}
+MODEL_PARTS = {"family", "path", "transformer", "autoencoder", "clip", "t5", "t5_memory", "frozen_memory", "lora"}
 FINAL_STEPS = {"flux": 50}
 """Euler steps of a family's finished pictures, where they are more than those of previews: 50 as published for FLUX."""
 
@@ -113,7 +113,7 @@ def sample(
         held_out = read_prompts(config.data.eval_prompts, "data.eval_prompts", components.prompts.get("eval", ()))
         prompts = held_out[:DEFAULT_PROMPTS]
     pictures = plan(prompts, seeds, folder)
-    make_folder(folder)
+    check_writable(folder, "--out")
     shared = _shared_record(config, checkpoint, settings, loras, world)
     size = batch_size or config.data.batch_size
     batches = world.share([pictures[start : start + size] for start in range(0, len(pictures), size)])
@@ -218,7 +218,7 @@ def _shared_record(
         **asdict(settings),
         "sigmas": [round(sigma, 6) for sigma in shifted_sigmas(settings.steps, settings.shift).tolist()],
         "model": {"family": config.model.family, **files, "dtype": config.model.dtype},
-        "checkpoint": f"{checkpoint.parent.parent.name}/{checkpoint.name}" if checkpoint is not None else "base",
+        "checkpoint": f"{checkpoint.resolve().parent.parent.name}/{checkpoint.name}" if checkpoint else "base",
         "loras": [{"file": lora.path.name, "strength": lora.strength} for lora in loras],
     }
     if config.model.lora is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srpo_core.config import ConfigError
 from srpo_core.graph_prompt import is_graph
+from srpo_core.photos import as_rgb
 from srpo_core.picture_files import SHEET, prompt_of
 from srpo_core.prompts import read_prompts
 
@@ -101,17 +102,20 @@ def _check(path: Path) -> None:
             if image.format == "PNG":
                 image.verify()  # every chunk's checksum
             else:
-                image.draft("RGB", (image.width // 8, image.height // 8))  # an eighth of a JPEG's work
+                image.draft("RGB", (image.width // 8 or 1, image.height // 8 or 1))  # an eighth of a JPEG's work
                 image.load()
         except _BROKEN as error:
             raise ConfigError(f"{path} is no readable picture: {error}") from error
 
 
 def load_image(path: Path) -> Tensor:
-    """A picture file as [3, H, W] in [0, 1], upright. ConfigError if it can't be read to its end."""
+    """A picture file as [3, H, W] in [0, 1], upright, its colours as training reads photos.
+
+    ConfigError if it can't be read to its end.
+    """
     with _opened(path) as image:
         try:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            pixels = np.array(as_rgb(ImageOps.exif_transpose(image)))
         except _BROKEN as error:
             raise ConfigError(f"{path} is no readable picture: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

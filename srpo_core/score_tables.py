@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from srpo_core.columns import WORD, is_detail
 from srpo_core.config import RewardConfig
@@ -39,10 +39,10 @@ def write_tables(rows: Sequence[Row], settings: RewardConfig, out: Path) -> tupl
 
 
 def fit_in_words(settings: RewardConfig) -> str:
-    """How the reward, or each of a mixture, saw the pictures: a sentence."""
+    """Which reward, or rewards of a mixture, scored the pictures and how it saw them: a sentence."""
     fits = {one.name: one.fit for one in (settings, *settings.more)}
     if len(set(fits.values())) == 1:
-        return f"The reward saw the pictures {_FITS[settings.fit]}."
+        return f"Scored by {' and '.join(fits)}, which saw the pictures {_FITS[settings.fit]}."
     return "; ".join(f"{name} saw the pictures {_FITS[fit]}" for name, fit in fits.items()) + "."
 
 
@@ -57,9 +57,9 @@ def print_table(rows: Sequence[Row], settings: RewardConfig, most: int = 20, con
     if prompt:
         table.add_column("prompt", width=prompt, overflow="ellipsis", no_wrap=True)
     for name in names:
-        table.add_column(escape(name), footer=f"{average[name]:.4f}", justify="right", no_wrap=True)
+        table.add_column(_plain(name), footer=f"{average[name]:.4f}", justify="right", no_wrap=True)
     for row in rows[:most]:
-        texts = [escape(Path(row["file"]).name), *([escape(row["prompt"])] if prompt else [])]
+        texts = [_plain(_shortened(Path(row["file"]).name, first)), *([_plain(row["prompt"])] if prompt else [])]
         table.add_row(*texts, *(f"{row[name]:.4f}" for name in names))
     console.print(table)
     left_out = [f"{name} {average[name]:.4f}" for name in every if name not in names]
@@ -71,9 +71,19 @@ def print_table(rows: Sequence[Row], settings: RewardConfig, most: int = 20, con
     _say(console, fit_in_words(settings))
 
 
+def _shortened(name: str, width: int) -> str:
+    """A file's name in `width` characters: its end tells pictures of one prompt apart, so the middle is left out."""
+    return name if len(name) <= width else f"{name[: width - 9]}…{name[-8:]}"
+
+
+def _plain(text: str) -> Text:
+    """Text for the terminal as it is: without markup or emoji codes, and without what steers a terminal."""
+    return Text("".join(letter if letter.isprintable() else " " for letter in text))
+
+
 def _say(console: Console, text: str) -> None:
     if text:
-        console.print(text, markup=False, highlight=False)
+        console.print(_plain(text))
 
 
 def _layout(names: Sequence[str], rows: Sequence[Row], width: int) -> tuple[list[str], int, int]:

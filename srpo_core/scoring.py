@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from srpo_core.columns import means, score_columns
 from srpo_core.config import ModelConfig, ParallelConfig, RewardConfig
 from srpo_core.description import make_config
+from srpo_core.errors import NotFiniteError
 from srpo_core.models import load_model
 from srpo_core.parallel import make_world
 from srpo_core.preference import ControlWords
@@ -52,10 +54,11 @@ def score_pictures(
 ) -> list[Row]:
     """A row of scores per picture; with the held-out measures of a model family where `model` is given.
 
-    `on_image` gets every picture as it was read, [3, H, W] in [0, 1]; `display` counts them.
+    `on_image` gets every picture as it was read, [3, H, W] in [0, 1]; `display` counts them. NotFiniteError for a score
+    that is no finite number.
     """
     check_reward(settings)
-    device = make_world(ParallelConfig(device=device_name)).device
+    device = make_world(ParallelConfig(device=device_name), "--device").device
     reward = load_reward(settings, device)
     words = ControlWords(settings.liked, settings.disliked)
     measures = load_model(model, device).measures if model is not None else {}
@@ -69,6 +72,8 @@ def score_pictures(
         numbers = {name: values.tolist() for name, values in columns.items()}
         for i, (picture, image) in enumerate(batch):
             scores = {name: values[i] for name, values in numbers.items()}
+            if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
+                raise NotFiniteError(f"{picture.path}: its {bad[0]} is no finite number (NaN or infinite)")
             rows.append({"file": str(picture.path), "prompt": picture.prompt, **scores})
             if on_image is not None:
                 on_image(picture, image)

@@ -60,7 +60,7 @@ class Trainer:
         self.config, self.world, self.flow, self.lora = config, world, parts.flow, parts.lora
         self.autoencoder, self.reward, self.words = parts.autoencoder, combined(parts.rewards), parts.words
         self.measures, self.held_out = parts.measures, parts.held_out
-        self.notes = parts.notes
+        self.notes, self.trained_on = parts.notes, parts.trained_on
         self.learner = Learner(config, world, parts)
         self.latent_shape = self.flow.latent_shape(config.data.height, config.data.width)
         self.run_dir = Path(config.output.dir)
@@ -210,7 +210,7 @@ class Trainer:
         return VelocityProbe(self.flow, clean, float(levels[1]), align.guidance)
 
     def _save(self) -> None:
-        state = {"best": self.best, "lora": self.lora, "metrics": self.metrics.line()}
+        state = {"best": self.best, "lora": self.lora, "metrics": self.metrics.line(), "trained_on": self.trained_on}
         save(self.run_dir, self.metrics.step, self.learner.tensors(), state)
         prune(self.run_dir, self.config.output.keep_checkpoints, self.best["step"] if self.best else None)
         self.saved_step = self.metrics.step
@@ -225,6 +225,11 @@ class Trainer:
         self.metrics, self.saved_step = StepMetrics(**state["metrics"]), state["step"]
         if state["best"] and state["best"]["by"] == self.config.output.best_by:
             self.best = state["best"]
+        if state.get("trained_on", self.trained_on) != self.trained_on:
+            self.display.warn(
+                "the prompts or photos are others than when this run was saved: it goes on with those of now, in"
+                " another order"
+            )
         self.display.say(f"going on from {newest}")
         return MetricsLog(self.run_dir, after=state["step"], last=state["metrics"], tensorboard=tensorboard)
 

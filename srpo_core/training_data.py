@@ -60,6 +60,11 @@ class TrainingData:
         return Batch(self.rollouts.at(batch * self.batch_size, self.batch_size), (), *self.size)
 
 
+def needs_prompts(data: DataConfig) -> bool:
+    """Whether a run rolls out prompts at all."""
+    return data.photos is None or data.photo_share < 1
+
+
 def sources(data: DataConfig, seed: int, micros: int) -> tuple[int, int]:
     """How many of the first `micros` micro-batches train on photos, and how many roll out prompts."""
     if data.photos is None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from srpo_core.weights.tensors import TensorFile
 
 DEV = {"width": 3072, "double": 19, "single": 38, "text": 4096, "pooled": 768, "channels": 64, "guidance": True}
 """FLUX.1-dev."""
@@ -114,3 +117,20 @@ def original_vae_shapes(
         if i:
             shapes |= _conv(f"decoder.up.{i}.upsample.conv", width, width)
     return shapes | _norm("decoder.norm_out", inputs) | _conv("decoder.conv_out", 3, inputs)
+
+
+def bytes_alive(monkeypatch) -> list[int]:
+    """From now on, [the most bytes that tensors read of files took at once]."""
+    live, peak, read = [0], [0], TensorFile.read
+
+    def watched(self, name):
+        tensor = read(self, name)
+        if not tensor.is_meta:
+            size = tensor.untyped_storage().nbytes()
+            live[0] += size
+            peak[0] = max(peak[0], live[0])
+            weakref.finalize(tensor.untyped_storage(), lambda: live.__setitem__(0, live[0] - size))
+        return tensor
+
+    monkeypatch.setattr(TensorFile, "read", watched)
+    return peak

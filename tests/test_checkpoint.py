@@ -103,7 +103,7 @@ def test_a_save_that_dies_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, m
 def test_a_full_disk_is_told_and_spares_the_last_checkpoint(tmp_path, monkeypatch, error):
     save_step(tmp_path, 1)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         path.write_bytes(b"half")
         raise error
 

@@ -71,6 +71,13 @@ def test_unknown_commands_and_options(capsys):
     assert "unrecognized arguments: --bogus" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("guidance", ["nan", "-1", "101", "much"])
+def test_guidance_has_limits(capsys, guidance):
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "miniature", f"--guidance={guidance}"])
+    assert "argument --guidance: " in capsys.readouterr().err
+
+
 def test_settings_may_stand_anywhere():
     args = cli.parse(["train", "miniature", "optim.lr=1", "--resume", "seed=2"])
     assert args.overrides == ["optim.lr=1", "seed=2"]
@@ -174,6 +181,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         (["export", "FOLDER"], "run.json"),
         (["report", "FOLDER"], "is no run folder"),
         (["settings", "nothing.like.it"], "no setting's name contains"),
+        (["settings", "flux-dev"], "the preset's values: srpo settings --source flux-dev"),
     ],
 )
 def test_wrong_settings_are_one_line_and_code_2(tmp_path, capsys, arguments, message):

@@ -100,6 +100,7 @@ def test_the_last_override_wins(described):
         ("align.branches=[denoise, denoise]", r"align.*names a branch twice"),
         ("align.range_end=5", r"range_start < range_end < schedule_steps must hold, got 5, 5, 50"),
         ("reward.liked=Real", r"reward\.liked='Real': .*valid list"),
+        ("reward.more=[{name: clip, margn: 1}]", r"setting 'reward\.more\.0\.margn'; did you mean 'margin'\?"),
     ],
 )
 def test_a_bad_override_is_explained(described, override, message):

@@ -122,9 +122,9 @@ def test_this_installation(findings):
 
 
 def test_models_that_are_here(monkeypatch, tmp_path):
-    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "my comfy"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    encoder = tmp_path / "models" / "clip" / "clip_l.safetensors"
+    encoder = tmp_path / "my comfy" / "models" / "clip" / "clip_l.safetensors"
     cached = tmp_path / "cache" / "models--xswu--HPSv2"
     reward = cached / "snapshots" / "1234" / "HPS_v2.1_compressed.pt"
     for path, content in ((encoder, b""), (reward, b""), (cached / "refs" / "main", b"1234")):
@@ -133,7 +133,7 @@ def test_models_that_are_here(monkeypatch, tmp_path):
     findings = doctor.examine()
     assert {name for name, path in findings.models.items() if path} == {"clip-l", "hpsv2"}
     text = findings.to_text()
-    assert f"model.clip={encoder}" in text
+    assert f"'model.clip={encoder}'" in text  # as a shell takes it
     assert f"reward.path={reward}" in text
     assert "not here: flux," in text
 

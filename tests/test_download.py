@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -263,6 +264,24 @@ def test_a_full_disk_is_noticed_first(server, home, monkeypatch, capsys):
     assert srpo("hpsv2", "--yes") == 0
 
 
+def test_each_disk_needs_room_for_its_own_part(server, comfyui, monkeypatch):
+    """Folders of models may be links to other disks."""
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == comfyui.stat().st_dev:
+        pytest.skip("there is one disk")
+    usage = shutil.disk_usage(comfyui)
+    full = other.stat().st_dev
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=0 if path.stat().st_dev == full else 10**9)
+    )
+    (item,) = download.plan(download.choose(["hpsv2"]), comfyui)
+    elsewhere = replace(item, target=comfyui / "models" / "vae" / "x")
+    download.check_space([elsewhere, item])
+    (comfyui / "models" / "srpo_rewards").symlink_to(other)
+    with pytest.raises(hub.DownloadError, match=r"no room: 320 kB .* on the disk of .*srpo_rewards"):
+        download.check_space([elsewhere, item])
+
+
 def test_nobody_to_ask(server, home, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert srpo("hpsv2") == 2
@@ -300,13 +319,13 @@ def test_no_hub_at_all(server, home, monkeypatch, capsys):
     assert len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize("what", ["commit", "path"])
-def test_a_hub_can_name_no_file_outside_its_folder(server, home, capsys, what):
+@pytest.mark.parametrize("path", [None, "../elsewhere", "/elsewhere.json", "..\\elsewhere.json", "c:x.json", "a//b"])
+def test_a_hub_can_name_no_file_outside_its_folder(server, home, capsys, path):
     repo = server.repos["xswu/HPSv2"]
-    if what == "commit":
+    if path is None:
         repo.commit = "../../../elsewhere"
     else:
-        repo.files["../elsewhere"] = b"x"
+        repo.files[path] = b"x"
     assert srpo("hpsv2", "--yes") == 1
     assert "doesn't answer like a hub" in capsys.readouterr().err
     assert not server.bodies()
@@ -350,6 +369,7 @@ def test_the_list_asks_nobody(server, home, capsys):
     assert srpo("--list") == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in CATALOGUE)
+    assert max(map(len, text.splitlines())) <= 80
     assert not server.seen
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import test_lora_files_in_runs as runs
 import torch
+from flux_runs import load_transformer
+from safetensors.torch import load_file, save_file
 from test_lora_files_in_runs import config, lora_file, relative_error, velocity
 from torch import nn
 from torch.nn.utils import parametrize
 
 from srpo_core.assemble import assemble
-from srpo_core.checkpoint import latest, read_tensors
+from srpo_core.checkpoint import latest, load_weights, read_tensors
 from srpo_core.config import ConfigError, ModelConfig
+from srpo_core.export import export_run
 from srpo_core.models import load_model
 from srpo_core.models.flux import load_flow
 from srpo_core.weights.eight_bit import put_weight, to_rows
@@ -107,3 +110,29 @@ def test_all_weights_cannot_be_trained_in_8_bits(folder, tmp_path):
     chosen = settings(folder, frozen_memory="8bit") | {"lora__rank": 0}
     with pytest.raises(ConfigError, match=r"model\.frozen_memory='8bit'.*lora\.rank=0"):
         assemble(config(folder, tmp_path, **chosen))
+
+
+def test_the_fp8_matrices_of_a_file_stay_as_they_are_in_a_run(folder, tmp_path):
+    """They are codes of 8 bits already: as many bytes in memory as in the file, and no second rounding."""
+    weights = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    small = {n: t.to(torch.float8_e4m3fn) if n.endswith(".weight") and t.ndim == 2 else t for n, t in weights.items()}
+    save_file(small, tmp_path / "fp8.safetensors")
+    chosen = settings(folder, frozen_memory="8bit", transformer=str(tmp_path / "fp8.safetensors"))
+    module = assemble(config(folder, tmp_path / "run", **chosen)).flow.module
+    held = {n: p for n, p in module.named_parameters() if n.endswith("parametrizations.weight.original")}
+    assert len(held) > 15 and {p.dtype for p in held.values()} == {torch.float8_e4m3fn}
+    query = module.get_submodule("transformer_blocks.0.attn.to_q.base_layer")
+    assert torch.equal(query.weight, small["transformer_blocks.0.attn.to_q.weight"].float())
+
+
+def test_a_run_in_8_bits_is_drawn_and_exported(folder, tmp_path):
+    """Its pictures are those of its own base; its transformer is the base in model.dtype with the LoRA added."""
+    trainer = assemble(config(folder, tmp_path / "run", **settings(folder, frozen_memory="8bit")))
+    trainer.train()
+    again = load_model(trainer.config.model, "cpu").flow.module
+    load_weights(latest(tmp_path / "run"), again)
+    assert torch.equal(velocity(again), velocity(trainer.flow.module))
+    base = load_flow(ModelConfig(path=str(folder), dtype="float32", recompute=False), "cpu").module
+    load_weights(latest(tmp_path / "run"), base)
+    path = export_run(tmp_path / "run", tmp_path / "whole.safetensors", what="transformer")
+    assert relative_error(velocity(load_transformer(path)), velocity(base)) < 1e-5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -183,6 +184,23 @@ def test_where_a_runs_cache_is(tmp_path):
     config.data.embeddings = str(tmp_path / "file" / "below")
     with pytest.raises(ConfigError, match=r"data\.embeddings: the folder .* can't be made"):
         embedding_cache(CountingEncoder(), config)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_encoder_runs(tmp_path):
+    """And does no harm where all is there already."""
+    cache, encoder = EmbeddingCache(tmp_path / "cache", "tiny"), CountingEncoder()
+    encode(encoder, ["a cat"], cache=cache)
+    encoder.calls.clear()
+
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", refuse)
+        encode(encoder, ["a cat"], cache=cache)
+        with pytest.raises(ConfigError, match=r"data\.embeddings: .* can't be written to \(Read-only file system\)"):
+            encode(encoder, ["a cat", "a dog"], cache=cache)
+    assert encoder.calls == [] and [path.name for path in cache.folder.glob(".tmp-*")] == []
 
 
 def test_a_full_disk_stops_after_the_first_batch(tmp_path, monkeypatch):

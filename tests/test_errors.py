@@ -113,10 +113,10 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_last_checkpoint(tmp_path, m
     trainer = assemble(tiny_config(tmp_path, output__preview_every=0))
     write = checkpoint.save_file
 
-    def full_at_step_4(tensors, path):
+    def full_at_step_4(tensors, path, metadata):
         if "step-000004" in str(path):
             raise OSError(28, "No space left on device")
-        write(tensors, path)
+        write(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full_at_step_4)
     with pytest.raises(
@@ -249,6 +249,27 @@ def test_a_part_that_fails_in_a_step_is_named_with_the_line(tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("lambda images, prompts: images.mean((1, 2, 3))", r"score per text, \[2\]; got \[1\]"),
+        ("lambda images, prompts: images.detach().mean((1, 2, 3)).repeat(2)", "its scores have no gradient"),
+        ("lambda images, prompts: torch.ones(len(prompts), requires_grad=True)", "don't depend on the images"),
+        ("lambda images, prompts: images.mean((1, 2, 3)).repeat(2).log() / 0", "are not finite"),
+        ("lambda images, prompts: images.means()", r"AttributeError: .*own.py, line 3"),
+        ("open('weights that are not there')", r"failed: FileNotFoundError.*own.py, line 3"),
+    ],
+)
+def test_a_reward_of_the_users_own_is_tried_before_the_model_is_read(tmp_path, monkeypatch, code, message):
+    (tmp_path / "own.py").write_text(f"import torch\ndef load(config, device):\n    return {code}\n")
+    monkeypatch.setattr("srpo_core.assemble._prepare", lambda *_: pytest.fail("the model was read"))
+    own = {"name": f"{tmp_path}/own.py:load"}
+    for reward in (own, {"name": "tiny:load_reward", "more": [own]}):
+        with pytest.raises((ConfigError, TrainingError), match=rf"reward.name='.*own.py:load'\).*{message}"):
+            assemble(tiny_config(tmp_path / "run", reward=reward))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_size_that_the_model_was_not_trained_at_is_told_once(tmp_path, capsys):
     settings = ["data.height=64", "data.width=64", "optim.steps=1", f"output.dir={tmp_path}", "data.batch_size=1",
                 "output.evaluate_prompts=0", "output.preview_every=0", "rollout.num_steps=1"]  # fmt: skip
@@ -274,6 +295,6 @@ def test_a_folder_with_other_files_is_fine(tmp_path):
 
 def test_a_folder_below_a_file_is_refused_by_its_setting(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match=r"output\.dir=.*can't be written to"):
-        assemble(tiny_config(tmp_path / "file" / "run", optim__steps=1)).train()
+    with pytest.raises(ConfigError, match=r"output\.dir=.*can't be written to: .*file is a file; name another"):
+        check_start(tiny_config(tmp_path / "file" / "run", optim__steps=1))
     assert (tmp_path / "file").read_text() == "mine"

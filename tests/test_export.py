@@ -166,7 +166,7 @@ def test_the_description_travels_inside(tmp_path):
 def test_a_comfyui_vae_has_the_layout_that_comfyui_reads(tmp_path):
     """Names by position: ComfyUI's decoder has a clamp as layer 0 where ours clamps without a layer."""
     module = AutoencoderTiny(latent_channels=16)
-    path = export.export_vae_comfyui(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA, dtype="bfloat16")
+    path = export.export_vae(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA, dtype="bfloat16")
     tensors = load_file(path)
     assert torch.equal(tensors["taesd_encoder.0.weight"], module.encoder.layers[0].weight.bfloat16())
     assert torch.equal(tensors["taesd_decoder.1.weight"], module.decoder.layers[0].weight.bfloat16())
@@ -190,11 +190,11 @@ def test_a_comfyui_vae_decodes_the_flow_models_latents(scale, shift):
 def test_another_small_autoencoder_is_refused(tmp_path):
     module = AutoencoderTiny(latent_channels=16, num_decoder_blocks=(1, 1, 1, 1))
     with pytest.raises(ConfigError, match="only the TAESD layout"):
-        export.export_vae_comfyui(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA)
+        export.export_vae(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA)
     other = tiny_vae()
     other.register_to_config(scaling_factor=0.18)
     with pytest.raises(ConfigError, match=r"scale 0\.18 and shift 0\.1159, ComfyUI's have 0\.3611 and 0\.1159"):
-        export.export_vae_comfyui(ImageAutoencoder(other), tmp_path / "vae.safetensors", METADATA)
+        export.export_vae(ImageAutoencoder(other), tmp_path / "vae.safetensors", METADATA)
     with pytest.raises(ConfigError, match="only a transformer can be that, not a vae"):
         export.export_vae(ImageAutoencoder(tiny_vae()), tmp_path / "vae.safetensors", METADATA, dtype="scaled-fp8")
     assert list(tmp_path.iterdir()) == []
@@ -203,7 +203,7 @@ def test_another_small_autoencoder_is_refused(tmp_path):
 def test_flux_autoencoders_keep_their_names(tmp_path):
     """ComfyUI reads an AutoencoderKL under diffusers' names; a folder is diffusers' own."""
     module = tiny_vae()
-    path = export.export_vae_comfyui(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA)
+    path = export.export_vae(ImageAutoencoder(module), tmp_path / "vae.safetensors", METADATA)
     folder = export.export_vae(ImageAutoencoder(module), tmp_path / "vae", METADATA, format="diffusers")
     again = AutoencoderKL.from_pretrained(folder)
     for tensors in (load_file(path), again.state_dict()):

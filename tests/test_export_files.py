@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import weakref
+import tempfile
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from flux_weights import random_tensors
+from flux_weights import bytes_alive, random_tensors
 from lora_files import named, random_pairs, save
 from safetensors.torch import load_file
 from small_flux import SHAPES, diffusers_tensors, kohya_lora, metadata, original_file, same
@@ -19,7 +20,6 @@ from srpo_core.export.convert import convert
 from srpo_core.lora import ChosenLora, merge_lora
 from srpo_core.models.flux_files import transformer_at
 from srpo_core.weights.lora_names import read_lora
-from srpo_core.weights.tensors import TensorFile
 
 
 @pytest.fixture
@@ -116,18 +116,7 @@ def test_a_source_in_8_bits_becomes_bfloat16_unless_asked(tmp_path, original):
 def test_what_was_read_of_a_tensor_is_let_go(tmp_path, monkeypatch):
     """A conversion holds no more than the two largest modules of its file at any time."""
     source = original_file(tmp_path / "original.safetensors", double=3, single=4)
-    live, peak, read = [0], [0], TensorFile.read
-
-    def watched(self, name):
-        tensor = read(self, name)
-        if tensor.device.type != "meta":
-            size = tensor.untyped_storage().nbytes()
-            live[0] += size
-            peak[0] = max(peak[0], live[0])
-            weakref.finalize(tensor.untyped_storage(), lambda: live.__setitem__(0, live[0] - size))
-        return tensor
-
-    monkeypatch.setattr(TensorFile, "read", watched)
+    peak = bytes_alive(monkeypatch)
     folder = convert(source, tmp_path / "folder")
     convert(folder, tmp_path / "back.safetensors", format="comfyui", dtype="scaled-fp8")
     largest = 4 * 7 * 128 * 128
@@ -187,6 +176,20 @@ def test_a_lora_file_becomes_one_for_diffusers_and_comfyui(tmp_path, style):
 
 
 # ---- what doesn't go
+
+
+def test_a_place_that_cant_be_made_is_told_before_the_work(tmp_path, original, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out: .*file can't be written to \(File exists\)"):
+        convert(original, tmp_path / "file" / "x.safetensors")
+
+    def read_only(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(ConfigError, match=r"--out: .* can't be written to \(Permission denied\)"):
+        convert(original, tmp_path / "new" / "x.safetensors")
+    assert not (tmp_path / "new").exists()
 
 
 def test_bad_places_and_files_are_named(tmp_path, original):

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from srpo_core import export
 from srpo_core.assemble import assemble
-from srpo_core.checkpoint import load_weights
+from srpo_core.checkpoint import latest, load_weights
+from srpo_core.config import ConfigError
+from srpo_core.weights.lora_names import read_lora
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,21 @@ def test_a_lora_run_merges_while_it_is_read(folder, tmp_path, dtype):
     assert all(torch.equal(ours[name], theirs[name].float()) for name in ours)
     if dtype == "float32":
         assert relative_error(velocity(load_transformer(tmp_path / "a.safetensors")), velocity(module)) < 1e-5
+
+
+def test_an_export_never_takes_the_place_of_what_the_run_is_made_of(folder, full, tmp_path):
+    base = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = base.read_bytes()
+    for out in (base, folder / "transformer", full[0] / "checkpoints" / "step-000002" / "weights.safetensors"):
+        with pytest.raises(ConfigError, match="is also read from"):
+            export.export_run(full[0], out, what="transformer", overwrite=True)
+    assert base.read_bytes() == before
+
+
+def test_a_checkpoints_file_is_a_lora_with_its_alpha(folder, tmp_path):
+    """It can be named in lora.start, model.lora or --lora as it is."""
+    assemble(config(folder, tmp_path / "run", lora__rank=RANK, lora__alpha=3.0)).train()
+    ours = read_lora(latest(tmp_path / "run") / "weights.safetensors", "").layers
+    exported = read_lora(export.export_run(tmp_path / "run"), "").layers
+    assert ours.keys() == exported.keys() and {layer.alpha for layer in ours.values()} == {3.0}
+    assert all(torch.equal(ours[name].change(), exported[name].change()) for name in ours)

@@ -218,3 +218,23 @@ def test_the_command_tells_the_errors(tmp_path, base, capsys):
     assert "attention" in said and "total" in said and "biases and norms differ too" in said and "models/loras" in said
     tensors = load_file(tmp_path / "l.safetensors")
     assert {t.dtype for n, t in tensors.items() if not n.endswith("alpha")} == {torch.bfloat16}
+
+
+def test_the_error_is_that_of_the_numbers_written(tmp_path, base):
+    """In bfloat16 even a change that is of low rank is not held exactly."""
+    tuned = noisy(base, tmp_path / "tuned.safetensors")
+    path, errors = extract_lora(tuned, base, 128, tmp_path / "l.safetensors", dtype="bfloat16")
+    new, old = (dict(transformer_at(place, "").stream()) for place in (tuned, base))
+    missed, size = 0.0, 0.0
+    for name, layer in read_lora(path, "").layers.items():
+        difference = new[f"{name}.weight"] - old[f"{name}.weight"]
+        missed += (difference - layer.change()).square().sum().item()
+        size += difference.square().sum().item()
+    assert errors.relative()["total"] == pytest.approx(math.sqrt(missed / size), rel=1e-3)
+    assert errors.relative()["total"] > 1e-3
+
+
+def test_numbers_that_are_none_are_told(tmp_path, base):
+    broken = changed(base, tmp_path / "nan.safetensors", lambda name, t: t * torch.nan if "linear2" in name else t)
+    with pytest.raises(ConfigError, match=r"proj_out\..* holds infinite numbers or NaN"):
+        extract_lora(broken, base, RANK, tmp_path / "x.safetensors")

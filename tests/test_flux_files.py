@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from flux_weights import TOY, header_only, original_shapes, original_vae_shapes, random_tensors
+from flux_weights import TOY, bytes_alive, header_only, original_shapes, original_vae_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from tiny_flux import _clip_tokenizer, _t5_tokenizer, randomise
 
@@ -124,6 +124,26 @@ def test_construction_reads_headers_and_parts_load_when_first_read(files):
     assert parts.flow is parts.flow
     parts.release("flow")
     assert "flow" not in parts.__dict__
+
+
+def test_single_files_need_no_network(files, monkeypatch):
+    import socket
+
+    refuse = lambda *_, **__: pytest.fail("the network was used")  # noqa: E731
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert picture(load_model(single_files(files), "cpu")).shape == (1, 3, 16, 24)
+
+
+def test_a_part_is_loaded_a_tensor_at_a_time(files, monkeypatch):
+    """Of what is read of a file in bfloat16, no more than its two largest tensors live beside the float32 module."""
+    tensors = load_file(files / "flux.safetensors")
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, files / "bf16.safetensors")
+    peak = bytes_alive(monkeypatch)
+    module = transformer_at(files / "bf16.safetensors", "").load(torch.float32, "cpu")
+    assert sum(p.numel() for p in module.parameters()) == sum(t.numel() for t in tensors.values())
+    assert 0 < peak[0] <= 2 * max(2 * t.numel() for t in tensors.values())
 
 
 def test_text_encoders_are_gone_before_the_transformer_comes(files, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import encode_text, tiny_config, tiny_flow, weights_hash
@@ -9,7 +11,7 @@ from tiny import encode_text, tiny_config, tiny_flow, weights_hash
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import latest, read_tensors
 from srpo_core.config import ConfigError, LoraConfig
-from srpo_core.lora import add_lora, has_lora, lora_targets
+from srpo_core.lora import ChosenLora, add_lora, has_lora, lora_targets
 from srpo_core.randomness import generator_for
 
 
@@ -70,6 +72,26 @@ def test_training_moves_the_lora_alone(tmp_path):
     assert {p.dtype for p in start.values()} == {torch.float32}
     assert not any(torch.equal(start[name], after[name]) for name in start)
     assert read_tensors(latest(tmp_path), "weights").keys() == start.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "strength"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:-0.5", "a.safetensors", -0.5),
+        ("C:/loras/a.safetensors", "C:/loras/a.safetensors", 1.0),
+        ("C:/loras/a.safetensors:0.8", "C:/loras/a.safetensors", 0.8),
+        ("odd:name.safetensors", "odd:name.safetensors", 1.0),
+    ],
+)
+def test_a_file_and_its_strength(text, path, strength):
+    assert ChosenLora.parse(text) == ChosenLora(Path(path), strength)
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
+def test_a_strength_is_finite(strength):
+    with pytest.raises(ConfigError, match=f"a number such as 0.8, not {strength}"):
+        ChosenLora.parse(f"a.safetensors:{strength}")
 
 
 def test_an_unknown_group_is_refused_with_the_groups():

@@ -120,12 +120,21 @@ def test_photos_are_read_to_their_end(tmp_path):
     assert told["photos"].startswith("3 photos in 1 size")
     whole = (folder / "1.jpg").read_bytes()
     (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ConfigError, match=r"1 can't be used:\n  the photo .*1.jpg can't be read: .*truncated"):
-        check_run(config)
+    for start in (check_run, assemble):
+        with pytest.raises(ConfigError, match=r"1 can't be used:\n  the photo .*1.jpg can't be read: .*truncated"):
+            start(config)
+
+
+def test_prompts_that_are_not_rolled_out_are_not_asked_for(tmp_path):
+    settings = {"data__photos": str(photo_folder(tmp_path / "photos")), "data__prompts": "nowhere.txt"}
+    assert "prompts" not in dict(check_run(tiny_config(tmp_path / "run", **settings)))
+    with pytest.raises(ConfigError, match=r"data.prompts='nowhere.txt': no such file"):
+        check_run(tiny_config(tmp_path / "run", **settings, data__photo_share=0.5))
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
-    config = tiny_config(tmp_path, data__prompts="nowhere.txt", data__photos="gone", reward__name="clap")
+    wrong = {"data__prompts": "nowhere.txt", "data__photos": "gone", "data__photo_share": 0.5, "reward__name": "clap"}
+    config = tiny_config(tmp_path, **wrong)
     with pytest.raises(ConfigError) as caught:
         check_run(config)
     first, *others = str(caught.value).splitlines()

@@ -70,7 +70,7 @@ def test_json_lines(tmp_path):
 
 BAD = [
     ("p.csv", "prompt,id\na,1\n,2\n", r"line 3: the prompt is empty"),
-    ("p.csv", "title,id\na,1\n", r"line 1: has no column any of prompt, caption, text; there are 'title', 'id'"),
+    ("p.csv", "title,id\na,1\n", r"line 1: has no column called prompt or caption or text; there are 'title', 'id'"),
     ("p.csv", "id,prompt\n1,a\n2\n", r"line 3: has 1 columns, the header 2"),
     ("p.csv", "prompt\n" + "a" * 200_000, r"line 2: is no CSV: field larger"),
     ("p.csv", b"prompt\na\nb\xff\n", r"line 3: can't be read as UTF-8"),
@@ -86,7 +86,7 @@ BAD = [
     ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r"line 2: a prompt must be text, not a number"),
     ("p.jsonl", '{"prompt": "a"}\n\n{"text": "b"}\n', r"line 3: has no 'prompt'"),
     ("p.jsonl", '{"prompt": "a"}\n{oh}\n', r"line 2: is no JSON"),
-    ("p.jsonl", '\n{"title": "a"}\n', r"line 2: has no column any of prompt, caption, text; there are 'title'"),
+    ("p.jsonl", '\n{"title": "a"}\n', r"line 2: has no column called prompt or caption or text; there are 'title'"),
     ("p.txt", b"a cat\n\n\xe4\n", r"line 3: can't be read as UTF-8 text"),
     ("p.parquet", b"PAR1 but no more", r"is damaged, or no parquet file"),
     ("p.arrow", b"ARROW1 but no more", r"is damaged, or no arrow file"),

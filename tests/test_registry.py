@@ -35,6 +35,20 @@ def test_a_users_own_function_may_be_in_any_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def load(config, device)\n    pass\n", r"can't be imported: expected ':' \(own.py, line 1\)"),
+        ("\nimport math\nmath.no_such\n", r"AttributeError: module 'math' has no .*no_such.* \(.*own.py, line 3\)"),
+        ("load = 3\n", r"has no 'load'"),
+    ],
+)
+def test_a_users_own_file_that_fails_is_named_with_the_line(tmp_path, code, message):
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(ConfigError, match=rf"reward '.*own.py:load'.*{message}"):
+        resolve(TABLE, "reward", f"{tmp_path / 'own.py'}:load")
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("hps", r"unknown reward 'hps'; did you mean 'hpsv2'\? \(choices: hpsv2, clip, broken\); your own is file.py:"),

@@ -158,13 +158,26 @@ def test_several_runs_are_pooled(tmp_path):
 def test_runs_with_different_numbers_of_prompts_stay_apart(tmp_path):
     runs = [make_run(tmp_path / f"{count}", prompts=count) for count in (8, 12)]
     _, text = page_of(*runs)
-    assert "are not pooled" in text
+    assert "are not pooled" in text and "Nothing to compare" not in text
     assert "Look, 12" in text
+    assert "all held-out prompts" in text and "all 8 held-out" not in text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     runs = [make_run(tmp_path / parent / "run") for parent in ("a", "b")]
     assert "a/run, b/run" in page_of(*runs)[1]
+
+
+def test_the_page_goes_into_a_folder_too(tmp_path):
+    mixture = {"name": "hpsv2", "more": [{"name": "pickscore"}]}
+    run = make_run(tmp_path / "run", evaluation=False, previews=False, reward=mixture)
+    (tmp_path / "pages").mkdir()
+    text = page_of(run, out=tmp_path / "pages")[1]
+    assert (tmp_path / "pages" / "report.html").is_file()
+    assert "reward hpsv2 + pickscore" in text
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out: "):
+        write_report([run], tmp_path / "file" / "report.html")
 
 
 def test_no_run_folder(tmp_path):

@@ -24,6 +24,7 @@ from srpo_core.trainer import Outcome
 KINDS = {
     "full": {},
     "lora": {"lora__rank": 2, "model__dtype": "bfloat16"},
+    "mixture": {"reward__more": [{"name": "tiny:load_reward", "scale": 0.5, "offset": 0.1, "weight": 3.0}]},
 }
 COURSE = {
     "optim__steps": 7, "optim__warmup_steps": 3, "optim__schedule": "cosine", "optim__accumulation": 2,
@@ -127,6 +128,19 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
     cosine = {"optim__schedule": "cosine", "optim__lr": 2e-3, "data__batch_size": 1}
     with pytest.raises(ConfigError, match=r"optim.schedule: 'constant' there"):
         assemble(tiny_config(tmp_path, optim__steps=4, **cosine)).train(resume=True)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_prompts_that_changed_since_are_told(tmp_path, capsys, changed):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat\na blue dog\n", encoding="utf-8")
+    run = {"data__prompts": str(prompts), "output__checkpoint_every": 1}
+    assemble(tiny_config(tmp_path / "run", optim__steps=1, **run)).train()
+    if changed:
+        prompts.write_text("a red cat\na blue dog\na house\n", encoding="utf-8")
+    capsys.readouterr()
+    assert assemble(tiny_config(tmp_path / "run", optim__steps=2, **run)).train(resume=True).finished
+    assert ("the prompts or photos are others" in " ".join("".join(capsys.readouterr()).split())) is changed
 
 
 def test_two_processes_never_train_in_one_folder(tmp_path):

@@ -24,7 +24,7 @@ from srpo_core.errors import NotFiniteError
 from srpo_core.files import fingerprint
 from srpo_core.interfaces import Components
 from srpo_core.parallel import World, divided_world
-from srpo_core.picture_files import INDEX, SHEET, parameters, prompt_of, read_record
+from srpo_core.picture_files import INDEX, SHEET, parameters, plan, prompt_of, read_record
 from srpo_core.sampling import ChosenLora, SampleSettings, chosen_checkpoint, sample
 from srpo_core.score_files import find_pictures
 
@@ -79,6 +79,11 @@ def test_files_say_how_they_were_made(tmp_path):
     assert [picture.prompt for picture in find_pictures([tmp_path / "out"])] == [prompt]  # the sheet is no picture
 
 
+def test_names_of_files_are_plain(tmp_path):
+    pictures = plan(["Größe, 2 Katzen!", "猫"], [7], tmp_path)
+    assert [picture.path.name for picture in pictures] == ["000-grosse-2-katzen-7.png", "001-7.png"]
+
+
 def test_parameters_of_other_tools_name_the_prompt_too():
     a1111 = "a cat\non a mat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, Seed: 1"
     assert prompt_of({"parameters": a1111}) == "a cat\non a mat"
@@ -93,6 +98,12 @@ def test_a_comma_in_parameters_is_quoted():
     record |= {"model": {"family": "flux", "transformer": "a,b"}, "checkpoint": "base"}
     record["loras"] = [{"file": "x", "strength": 1.0}, {"file": "y", "strength": 0.5}]
     assert 'Model: "a,b", Checkpoint: base, Lora: "x:1, y:0.5"' in parameters(record)
+
+
+def test_an_unusable_folder_is_found_before_the_model_loads(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out: .*can't be written to"):
+        draw(tiny_config(tmp_path), tmp_path / "file" / "out", prompts=["a"])
 
 
 def test_pictures_of_the_same_settings_are_kept_and_others_refused(tmp_path):
@@ -186,7 +197,7 @@ def test_prompts_from_a_file_and_bad_prompts(tmp_path):
         draw(config, tmp_path / "out2", prompts=[" "])
 
 
-def test_checkpoints_by_name(run, tmp_path):
+def test_checkpoints_by_name(run, tmp_path, monkeypatch):
     config, folder = run
     assert chosen_checkpoint(folder, None).name == "step-000004"
     assert chosen_checkpoint(folder, "last").name == "step-000004"
@@ -204,6 +215,11 @@ def test_checkpoints_by_name(run, tmp_path):
     (trained,) = draw(config, tmp_path / "trained", chosen_checkpoint(folder, "last"), prompts=["a"])
     assert abs(pixels(base) - pixels(trained)).max() > 0
     assert read_record(trained)["checkpoint"] == f"{folder.name}/step-000004"
+    monkeypatch.chdir(folder)
+    again = sample(
+        config, chosen_checkpoint(Path("."), "last"), SampleSettings.of(config, steps=2), trained.parent, prompts=["a"]
+    )
+    assert again.drawn == 0  # from inside the run's folder it is the same checkpoint
 
 
 def lora_file(path, layer="x_embedder", rank=2, width=16, alpha=4.0):

@@ -18,6 +18,7 @@ from tiny import ColourReward, tiny_config
 
 from srpo_core.cli import main
 from srpo_core.config import ConfigError, MoreReward, RewardConfig
+from srpo_core.errors import NotFiniteError
 from srpo_core.graph_prompt import graph_prompt
 from srpo_core.preference import ControlWords
 from srpo_core.preview import score_images
@@ -174,9 +175,37 @@ def test_a_torn_picture_is_found_before_anything_is_scored(tmp_path, kind):
         find_pictures([tmp_path])
 
 
+def test_odd_metadata_and_tiny_pictures(tmp_path):
+    save_png(tmp_path / "a.png", prompt="[" * 100_000)  # nested too deep for any parser
+    assert find_pictures([tmp_path])[0].prompt.startswith("[[")
+    chain = {str(i): {"inputs": {"conditioning": [str(i + 1), 0], "latent_image": ["x", 0]}} for i in range(5000)}
+    save_png(tmp_path / "a.png", prompt=json.dumps(chain))
+    with pytest.raises(ConfigError, match="tells of no one prompt"):
+        find_pictures([tmp_path])
+    save_png(tmp_path / "a.png", parameters="a car, <lora:style:0.8>\nNegative prompt: x\nSteps: 4, Sampler: Euler")
+    Image.new("RGB", (5, 3)).save(tmp_path / "b.jpg")
+    (tmp_path / "b.txt").write_text("small")
+    assert [one.prompt for one in find_pictures([tmp_path])] == ["a car", "small"]
+
+
+def test_pictures_are_read_as_they_are_seen(tmp_path):
+    Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "grey16.png")
+    assert load_image(tmp_path / "grey16.png").mean().item() == pytest.approx(0.5, abs=0.01)
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_image(tmp_path / "clear.png").min().item() == 1.0  # on white
+
+
+def test_a_score_that_is_no_number_is_an_error(tmp_path):
+    reward = "lambda images, prompts: torch.full((len(prompts),), torch.nan)"
+    (tmp_path / "blind.py").write_text(f"import torch\ndef load(config, device):\n    return {reward}\n")
+    settings = SETTINGS.model_copy(update={"name": f"{tmp_path / 'blind.py'}:load"})
+    with pytest.raises(NotFiniteError, match=r"0\.png: its reward is no finite number"):
+        score_pictures(find_pictures([make_pictures(tmp_path)]), settings, device_name="cpu")
+
+
 def test_tables(tmp_path, capsys):
     rows = score_pictures(find_pictures([make_pictures(tmp_path)]), SETTINGS, device_name="cpu")
-    rows[0]["prompt"] = '[red]quotes, "commas"[/red]'
+    rows[0]["prompt"] = '[red]quotes, "commas"[/red] <lora:cat:1>\x1b[2J'
     table, record = write_tables(rows, SETTINGS, tmp_path / "out" / "v1.2")
     assert (table.name, record.name) == ("v1.2.csv", "v1.2.json")
     with table.open(newline="") as file:
@@ -189,7 +218,7 @@ def test_tables(tmp_path, capsys):
     assert (data["reward"]["liked"], data["reward"]["fit"]) == (["Real", "Detail"], "pad")
     print_table(rows, SETTINGS, console=Console(width=120))
     shown = capsys.readouterr().out
-    assert "[red]" in shown
+    assert "[red]" in shown and "<lora:cat:1>" in shown and "\x1b" not in shown
     assert "mean of 3" in shown
     assert "whole, with black beside what is not square" in shown
 
@@ -279,7 +308,29 @@ def test_the_command_writes_tables_and_page(tmp_path, capsys):
     assert json.loads((folder / "srpo_scores.json").read_text())["reward"]["fit"] == "crop"
     assert main([*asked, "--fit", "pad", "--out", str(tmp_path / "padded")]) == 0
     assert json.loads((tmp_path / "padded.json").read_text())["reward"]["fit"] == "pad"
+    assert main([*asked, "--out", str(tmp_path / "named.csv")]) == 0
+    assert sorted(path.name for path in tmp_path.glob("named*")) == ["named.csv", "named.html", "named.json"]
     assert str(tmp_path / "padded.html") in capsys.readouterr().out.replace("\n", "")
+
+
+def test_pictures_in_a_run_are_scored_by_its_reward(tmp_path, capsys):
+    config = tiny_config(tmp_path / "run", reward__liked=["Real"], reward__disliked=["Oil"])
+    folder = make_pictures(tmp_path / "run" / "samples" / "last")
+    (tmp_path / "run" / "run.json").write_text(config.model_dump_json())
+    assert main(["score", str(folder), "--device", "cpu"]) == 0
+    reward = json.loads((folder / "srpo_scores.json").read_text())["reward"]
+    assert (reward["name"], reward["liked"]) == (config.reward.name, ["Real"])
+    assert f"Scored by {config.reward.name}" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_place_that_cant_be_written_is_found_before_scoring(tmp_path, capsys):
+    folder = make_pictures(tmp_path / "pictures")
+    (tmp_path / "file").write_text("")
+    assert main(["score", str(folder), "--device", "cpu", "--out", str(tmp_path / "file" / "x")]) == 2
+    said = capsys.readouterr()
+    assert "--out: " in said.err and "can't be written to" in said.err and "scoring" not in said.out
+    assert main(["score", str(folder), "--device", "nothing"]) == 2
+    assert "--device='nothing'" in capsys.readouterr().err
 
 
 def test_another_reward_takes_no_weights_from_the_source():

@@ -8,7 +8,7 @@ from flux_weights import header_only, original_vae_shapes, random_tensors
 from safetensors.torch import save_file
 from tiny_flux import tiny_taesd, tiny_vae
 
-from srpo_core.export import export_vae_comfyui
+from srpo_core.export import export_vae
 from srpo_core.models.flux import ImageAutoencoder
 from srpo_core.models.flux_files import autoencoder_at
 from srpo_core.weights.recognise import describe
@@ -97,7 +97,7 @@ def test_tiny_autoencoders_in_files_and_folders(tmp_path):
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (0.7, 0.2)])
 def test_comfyuis_names_come_back_from_our_export_with_scale_and_shift(tmp_path, scale, shift):
     module = full_taesd(scale, shift)
-    export_vae_comfyui(ImageAutoencoder(module), tmp_path / "taesd.safetensors", {})
+    export_vae(ImageAutoencoder(module), tmp_path / "taesd.safetensors", {})
     part = autoencoder_at(tmp_path / "taesd.safetensors", "model.autoencoder")
     assert part.contents.layout == "taesd"
     back = part.load(torch.float32, "cpu")
@@ -110,7 +110,7 @@ def test_comfyuis_names_come_back_from_our_export_with_scale_and_shift(tmp_path,
 
 def test_comfyuis_names_without_scale_mean_fluxs_own_latents(tmp_path):
     module = full_taesd()
-    export_vae_comfyui(ImageAutoencoder(module), tmp_path / "taesd.safetensors", {})
+    export_vae(ImageAutoencoder(module), tmp_path / "taesd.safetensors", {})
     from safetensors.torch import load_file
 
     tensors = {n: t for n, t in load_file(tmp_path / "taesd.safetensors").items() if not n.startswith("vae_")}

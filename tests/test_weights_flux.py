@@ -265,6 +265,16 @@ def test_other_quantisations_are_told(tmp_path, format):
         transformer_at(path, "model.transformer")
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.bool])
+def test_weights_are_floating_point_numbers(tmp_path, dtype):
+    try:
+        path = file_of(toy() | {"img_in.bias": torch.zeros(TOY["width"]).to(dtype)}, tmp_path / "x.safetensors")
+    except KeyError:
+        pytest.skip("this version of the library doesn't write it")
+    with pytest.raises(WeightsError, match=r"img_in\.bias is quantised as \w+; use a file in bf16"):
+        transformer_at(path, "model.transformer")
+
+
 def test_damaged_descriptions_are_told(tmp_path):
     _, stored, _ = scaled_toy("marker")
     for number, damage in enumerate((b"{", b"[1]", b'{"format": []}', b"\xff")):

@@ -3,13 +3,12 @@
 from srpo_core.export.lora import export_lora
 from srpo_core.export.run import export_run, find_checkpoint
 from srpo_core.export.transformer import export_transformer
-from srpo_core.export.vae import export_vae, export_vae_comfyui
+from srpo_core.export.vae import export_vae
 
 __all__ = [
     "export_lora",
     "export_run",
     "export_transformer",
     "export_vae",
-    "export_vae_comfyui",
     "find_checkpoint",
 ]

@@ -10,7 +10,7 @@ import torch
 
 from srpo_core.config import ConfigError
 from srpo_core.export.extract import Errors, extract
-from srpo_core.export.formats import Source, Stream, check_dtype, check_file, check_format, module_config
+from srpo_core.export.formats import DTYPES, Source, Stream, check_dtype, check_file, check_format, module_config
 from srpo_core.export.lora import write_lora
 from srpo_core.export.transformer import check_merge, merge_stream, write_transformer
 from srpo_core.export.writer import check_place
@@ -36,8 +36,8 @@ def convert(
 ) -> Path:
     """Write a transformer's file or folder in a format and dtype, with LoRAs added; or a LoRA under diffusers' names.
 
-    `dtype` None keeps each tensor's own, and is bfloat16 for a source in 8 bits. One tensor is in memory at a time.
-    ConfigError, before anything is written, for what doesn't fit.
+    `dtype` None keeps each tensor's own, and is bfloat16 for a source in 8 bits. In memory are the LoRAs and one layer
+    at a time. ConfigError, before anything is written, for what doesn't fit.
     """
     source, out = Path(source), Path(out)
     format = format or "diffusers"
@@ -84,11 +84,12 @@ def extract_lora(
     """
     tuned, base, out = Path(tuned), Path(base), Path(out)
     check_file(out, "a LoRA")
-    check_dtype(dtype or "float32", "lora", "diffusers")
+    dtype = dtype or "float32"
+    check_dtype(dtype, "lora", "diffusers")
     check_place(out, overwrite, (tuned, base))
     parts = transformer_at(tuned, SOURCE), transformer_at(base, "--extract")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    lora, errors = extract(*parts, rank, device, on_layer)
+    lora, errors = extract(*parts, rank, device, on_layer, DTYPES[dtype])
     metadata = {"srpo_extracted": json.dumps({"from": tuned.name, "base": base.name, "rank": rank} | errors.record())}
     return write_lora(lora, out, metadata, dtype, overwrite, (tuned, base)), errors
 

@@ -90,8 +90,9 @@ def extract(
     rank: int,
     device: torch.device | str = "cpu",
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Lora, Errors]:
-    """The LoRA of at most `rank` whose merge into `base` comes nearest to `tuned`, and what it misses.
+    """The LoRA of at most `rank` whose merge into `base` comes nearest to `tuned`, in `dtype`, and what it misses.
 
     One layer of both is in memory at a time. Layers that are alike get none. ConfigError if the two are not of the same
     shapes, or are the same.
@@ -103,10 +104,13 @@ def extract(
     for done, (name, shape) in enumerate(new.shapes.items(), 1):
         difference = new.read(name).to(device).float() - old.read(name).to(device).float()
         size = float(difference.double().square().sum())
+        if not math.isfinite(size):
+            raise ConfigError(f"{name} of {tuned.file.path} or {base.file.path} holds infinite numbers or NaN")
         if len(shape) == 2 and name.endswith(".weight"):
             if size:
-                up, down = low_rank(difference, rank)
-                errors.add(_group(name), size, float((difference - up @ down).double().square().sum()))
+                up, down = (side.to(dtype) for side in low_rank(difference, rank))
+                missed = difference - up.float() @ down.float()
+                errors.add(_group(name), size, float(missed.double().square().sum()))
                 layers[name.removesuffix(".weight")] = LoraLayer(down.cpu(), up.cpu(), float(len(down)))
         elif size:
             errors.beyond[name] = math.sqrt(size / max(float(old.read(name).double().square().sum()), 1e-300))

@@ -8,7 +8,7 @@ diffusers' names: both programs read it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,8 +19,8 @@ from srpo_core.export import writer
 from srpo_core.export.writer import SUFFIX, check_place, check_space, plan, size
 from srpo_core.weights.flux_names import to_original
 from srpo_core.weights.fp8 import scaled_fp8
+from srpo_core.weights.loading import Stream
 
-Stream = Iterator[tuple[str, Tensor]]
 Source = Callable[[bool], Stream]
 """Gives a stream of tensors, or, called with True, of meta tensors with the same names, shapes and dtypes."""
 FORMATS = ("diffusers", "comfyui")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,9 +62,7 @@ def export_run(
     check_dtype(dtype, what, format)
     averaged = _averaged(folder, averaged)
     path = Path(out) if out is not None else run_dir / "export" / _name(run_dir, state["step"], what, format, dtype)
-    if what == "lora" or format == "comfyui":
-        check_file(path, "a LoRA" if what == "lora" else f"a {what} in ComfyUI's format")
-    check_place(path, overwrite)
+    _check_path(path, what, format, overwrite, [*_files_of(config.model), run_dir / "checkpoints"])
     metadata = describe(record.read_text(encoding="utf-8"), state["step"], averaged)
     if what == "lora":
         tensors = read_tensors(folder, "ema" if averaged else "weights")
@@ -75,6 +73,21 @@ def export_run(
         return export_vae(load_model(config.model, "cpu").autoencoder, path, metadata, dtype, overwrite, format)
     source, settings = run_source(config, folder, state, averaged)
     return write_transformer(source, path, metadata, settings, format, dtype, overwrite)
+
+
+def _check_path(path: Path, what: str, format: str, overwrite: bool, read: Sequence[Path]) -> None:
+    if what == "lora" or format == "comfyui":
+        check_file(path, "a LoRA" if what == "lora" else f"a {what} in ComfyUI's format")
+    check_place(path, overwrite, read)
+
+
+def _files_of(model: ModelConfig) -> list[Path]:
+    """The files and folders that the base model is read from, which no export may take the place of."""
+    named = [model.path, model.transformer, model.autoencoder, model.clip, model.t5, model.lora]
+    places = [Path(place) for place in named if place is not None]
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    whole = [place for place in places if (place / parts[0]).is_dir()]
+    return [place for place in places if place not in whole] + [place / part for place in whole for part in parts]
 
 
 def run_source(

@@ -82,14 +82,3 @@ def export_vae(
         return cast(source(meta), DTYPES[dtype])
 
     return write(out, as_asked, metadata, lambda: module_config(autoencoder.module), overwrite)
-
-
-def export_vae_comfyui(
-    autoencoder: ImageAutoencoder,
-    path: Path | str,
-    metadata: Mapping[str, str],
-    dtype: str = "float32",
-    overwrite: bool = False,
-) -> Path:
-    """Write an autoencoder to one safetensors file that ComfyUI loads as a VAE for FLUX models."""
-    return export_vae(autoencoder, path, metadata, dtype, overwrite)

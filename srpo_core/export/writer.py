@@ -6,6 +6,7 @@ tensors (`plan`), so that nothing but the tensor at hand is ever in memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from srpo_core.config import ConfigError
 from srpo_core.errors import TrainingError
-from srpo_core.files import sync
+from srpo_core.files import check_writable, nearest_existing, sync
+from srpo_core.weights.tensors import DTYPES
 
 SUFFIX = ".safetensors"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -27,12 +29,8 @@ CONFIG = "config.json"
 CHUNK = 64 * 2**20
 """Bytes handed to the disk at once."""
 
-NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64", torch.int32: "I32",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-"""How safetensors writes the dtypes that weights have."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""How safetensors writes torch's dtypes."""
 
 Plan = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -91,7 +89,8 @@ def write_file(path: Path, planned: Plan, stream: Iterable[tuple[str, Tensor]], 
     except OSError as error:
         raise TrainingError(f"{path} could not be written: {error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def write_folder(
@@ -122,10 +121,11 @@ def write_folder(
 
 
 def check_place(path: Path, overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """ConfigError unless `path` is free, or may be overwritten and is an export of ours and none of `sources`."""
+    """ConfigError unless `path` can be made, or may be overwritten and is an export of ours and none of `sources`."""
     for source in sources:
         if _within(source, path) or _within(path, source):
             raise ConfigError(f"{path} is also read from ({source}): choose another --out")
+    check_writable(nearest_existing(path.parent), "--out")
     if not path.exists():
         return
     if not overwrite:
@@ -143,10 +143,7 @@ def check_space(path: Path, needed: int) -> None:
 
     What an overwritten file takes is not counted as free: it stays until the new one is whole.
     """
-    folder = path.parent.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_existing(path.parent)).free
     if free < needed:
         raise ConfigError(
             f"{path} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free: make room, or choose"

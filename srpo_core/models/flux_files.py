@@ -87,9 +87,7 @@ def transformer_at(path: Path | str, setting: str) -> Part[FluxTransformer2DMode
     file, folder = _open(path, setting, "transformer")
     contents = require(file, "transformer", setting)
     settings = _own_config(folder, file, ("FluxTransformer2DModel",))
-    return _checked(
-        Part(file, contents, "FluxTransformer2DModel", settings or flux_names.transformer_config(file, contents))
-    )
+    return _checked(Part(file, contents, "FluxTransformer2DModel", settings or flux_names.transformer_config(file)))
 
 
 def autoencoder_at(path: Path | str, setting: str) -> Part[AutoencoderKL | AutoencoderTiny]:

@@ -36,6 +36,12 @@ class InWords:
         self.effect = _effect(effect.estimate)
         self.rose, self.rose_range = f"{rose.estimate:.0%}", f"[{rose.low:.0%}, {rose.high:.0%}]"
 
+    @property
+    def course(self) -> str:
+        """What it did, for too few prompts to say more."""
+        same = self.before == self.after
+        return f"stayed at {self.after}" if same else f"went from {self.before} to {self.after}"
+
 
 def change_row(change: Change, name: str, first: str = "", style: str = "") -> Html:
     """A change as a row of a table with COLUMNS; `first` and `style` are the classes of its first cell and of it."""

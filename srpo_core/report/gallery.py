@@ -35,12 +35,11 @@ def evaluation_section(runs: Sequence[RunData], label: Callable[[str], str]) -> 
     for i, run in enumerate(shown):
         pairs = _pairs(run, run.evaluation, most, _EVALUATION_BUDGET // len(shown), label)
         blocks.append(folded(run.name, pairs, opened=i == 0) if len(shown) > 1 else pairs)
-    count = len(shown[0].evaluation.prompts)
-    chosen = (
-        f"{most} of {count} held-out prompts, evenly spaced, not picked"
-        if count > most
-        else f"all {count} held-out prompts"
-    )
+    counts = [len(run.evaluation.prompts) for run in shown]
+    if max(counts) <= most:
+        chosen = "all held-out prompts" if len(set(counts)) > 1 else f"all {counts[0]} held-out prompts"
+    else:
+        chosen = f"{most} of {max(counts)} held-out prompts, evenly spaced, not picked"
     return section(
         "pictures", "Before and after", f"The same prompt and noise, before and after training: {chosen}.", *blocks
     )

@@ -76,7 +76,7 @@ def _chips(runs: Sequence[RunData]) -> str:
     items = [
         *(f"{run.name}: {_state(run)}" if len(runs) > 1 else _state(run) for run in runs),
         f"model {config.model.family}",
-        f"reward {config.reward.name}",
+        f"reward {' + '.join(one.name for one in (config.reward, *config.reward.more))}",
         f"{trained}, lr {config.optim.lr:g}",
         f"{config.data.width} × {config.data.height}",
     ]
@@ -106,6 +106,8 @@ def _headline(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[
 
 def _summary(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[Change]) -> str:
     if not pooled:
+        if sources:
+            return "These runs were evaluated on different numbers of prompts and are not pooled: each stands below."
         return "Nothing to compare yet: the run has no final evaluation and no two previews."
     where = "held-out prompts" if all(source == "final evaluation" for source in sources) else "preview prompts"
     prompts = pooled[0].count // len(sources)
@@ -117,7 +119,7 @@ def _summary(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[C
             "clear rise": f"rose by {words.size}",
             "clear fall": f"fell by {words.size}",
             "no clear change": "shows no clear change",
-        }.get(change.verdict, f"went from {words.before} to {words.after}")
+        }.get(change.verdict, words.course)
         said.append(f"<b>{escape(small(label(change.name)))}</b> {happened}")
     joined = ", ".join(said[:-1]) + " and " + said[-1] if len(said) > 1 else said[0]
     few = " (too few for intervals)" if prompts < MIN_PROMPTS else ""
@@ -136,8 +138,6 @@ def _notices(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[C
         lines.append(f"No final evaluation yet; the numbers compare the {' and '.join(others)}.")
     if len(sources) < len(runs) and sources:
         lines.append(f"Only {len(sources)} of {len(runs)} runs have scores to compare.")
-    if sources and not pooled:
-        lines.append("The runs were evaluated on different numbers of prompts and are not pooled.")
     return f'<div class="notice">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""
 
 

@@ -98,7 +98,7 @@ def _head(rows: Sequence[Row], settings: RewardConfig, names: Sequence[str], tit
     cards = "".join(_card(name, [row[name] for row in rows]) for name in names if not name.startswith((WORD, PART)))
     return (
         f'<header class="top"><p class="eyebrow">SRPO scores</p><h1>{escape(title)}</h1>'
-        f'<p class="lead">{count}, scored for their prompts. {escape(fit_in_words(settings))}</p>'
+        f'<p class="lead">{count}, each for its own prompt. {escape(fit_in_words(settings))}</p>'
         f'<ul class="chips">{chips}</ul><div class="cards">{cards}</div></header>'
     )
 

@@ -11,6 +11,7 @@ import re
 import torch
 
 from srpo_core.config import ConfigError, RewardConfig, nearest
+from srpo_core.errors import blamed_on
 from srpo_core.interfaces import Reward
 from srpo_core.registry import resolve
 
@@ -42,11 +43,13 @@ def check_reward(config: RewardConfig) -> None:
 def load_rewards(config: RewardConfig, device: torch.device | str) -> list[WeightedReward]:
     """The reward `config.name` and those of `config.more`, weights included, each under a name of its own.
 
-    ConfigError names the setting that is wrong.
+    ConfigError names the setting that is wrong; TrainingError the line of a user's own code that failed.
     """
     rewards: list[WeightedReward] = []
     for one in (config, *config.more):
-        reward = resolve(REWARDS, "reward", one.name)(one, device)
+        load = resolve(REWARDS, "reward", one.name)
+        with blamed_on(f"loading the reward (reward.name={one.name!r})"):
+            reward = load(one, device)
         label = re.split(r"[\\/]", one.name)[-1]  # of a user's own file.py:function, without its folders
         count = sum(other.name.split("#")[0] == label for other in rewards)
         name = f"{label}#{count + 1}" if count else label

@@ -243,7 +243,11 @@ def _section(clip: ClipFile, name: str) -> Mapping[str, Any]:
 
 
 def _tokenizer(clip: ClipFile) -> Any:
-    """Texts -> what transformers' CLIP takes: by the tokenizer beside the file, else by open_clip's, the same one."""
+    """Texts -> what transformers' CLIP takes: by the tokenizer beside the file, else by open_clip's, the same one.
+
+    Texts are cut to as many tokens as the model has positions: 77.
+    """
+    length = clip.shapes["text_model.embeddings.position_embedding.weight"][0]
     if clip.has_tokenizer:
         from transformers import AutoTokenizer
 
@@ -253,13 +257,12 @@ def _tokenizer(clip: ClipFile) -> Any:
             raise clip.wrong(f"the tokenizer beside it can't be read: {error}") from error
 
         def tokenize(texts: Sequence[str]) -> Mapping[str, Tensor]:
-            encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=77, return_tensors="pt")
+            encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
             return {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
 
         return tokenize
     from open_clip import SimpleTokenizer
 
-    length = clip.shapes["text_model.embeddings.position_embedding.weight"][0]
     own = SimpleTokenizer(context_length=length)
     return lambda texts: {"input_ids": own(list(texts))}
 

@@ -8,17 +8,15 @@ files, diffusers' `convert_ldm_vae_checkpoint`, and ComfyUI's taesd.py for `taes
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .fp8 import dequantised
+from .loading import Stream
 from .recognise import Contents
 from .tensors import TensorFile
-
-Stream = Iterator[tuple[str, Tensor]]
 
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 """FLUX's latents are (the autoencoder's - shift) * scale; ComfyUI applies both to whichever VAE it is given."""

@@ -1,4 +1,7 @@
-"""Frozen matrices held in 8 bits and expanded one at a time when they are used: half the memory of bfloat16."""
+"""Frozen matrices held in 8 bits and expanded one at a time when they are used: half the memory of bfloat16.
+
+What a forward pass expanded stays for the backward pass, unless blocks are recomputed (model.recompute).
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ Sources: the released files, diffusers' `convert_flux_transformer_checkpoint_to_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor
 from srpo_core.config import ConfigError
 
 from .fp8 import dequantised
-from .recognise import Contents, require
+from .loading import Stream
+from .recognise import require
 from .tensors import TensorFile
-
-Stream = Iterator[tuple[str, Tensor]]
 
 REST = {
     "img_in": ("x_embedder",),
@@ -172,18 +171,13 @@ def to_original(stream: Stream) -> Stream:
         raise ConfigError(f"these weights lack parts of {next(iter(waiting))}")
 
 
-def transformer_config(file: TensorFile, contents: Contents) -> dict[str, Any]:
+def transformer_config(file: TensorFile) -> dict[str, Any]:
     """Keyword arguments of `FluxTransformer2DModel`, read off the shapes.
 
     Fixed are what FLUX models share: patches of 2 x 2, an mlp 4 times as wide, and the axes of heads of width 128.
     WeightsError for another head width, whose axes no shape tells.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in to_diffusers(file.outline())}
-    return config_of_shapes(shapes, file)
-
-
-def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], file: TensorFile) -> dict[str, Any]:
-    """`transformer_config` of tensors under diffusers' names."""
     try:
         width, channels = shapes["x_embedder.weight"]
         head = shapes["transformer_blocks.0.attn.norm_q.weight"][0]

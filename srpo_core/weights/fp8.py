@@ -22,6 +22,7 @@ from .tensors import TensorFile
 MARKER = "scaled_fp8"
 FP8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 """Safetensors dtypes of 8-bit floats, and what users call them."""
+_NUMBERS = ("F64", "F32", "F16", "BF16")
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _SCALES = (".scale_weight", ".weight_scale")
 _ASIDE = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
@@ -69,11 +70,11 @@ def check_formats(file: TensorFile) -> None:
         scale_name = _scale_name(file, name)
         if scale_name is not None:
             scale = file.info[scale_name]
-            if info.dtype not in FP8 or scale.dtype not in ("F32", "F16", "BF16"):
+            if info.dtype not in FP8 or scale.dtype not in _NUMBERS:
                 raise file.error(f"{name} is quantised as {info.dtype} with scales in {scale.dtype}", "use scaled fp8")
             if scale.numel != 1 and scale.shape not in (info.shape[:1], (*info.shape[:1], 1)):
                 raise file.error(f"{scale_name} has shape {scale.shape}: that is no scale for each row of {name}")
-        elif info.dtype in ("I8", "U8", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"):
+        elif info.dtype not in _NUMBERS and info.dtype not in FP8:
             raise file.error(f"{name} is quantised as {info.dtype}", "use a file in bf16, fp16, fp8 or scaled fp8")
 
 

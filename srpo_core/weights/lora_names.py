@@ -166,14 +166,15 @@ def _bare(layer: str) -> str:
 
 
 def _alphas(file: TensorFile) -> Callable[[str, int], float]:
-    """Alpha by layer and rank where no tensor gives it: of the settings that diffusers writes, else the rank."""
+    """Alpha by layer and rank where no tensor gives it: of the settings that came with the file, else the rank."""
+    where, text = _settings(file)
     try:
-        settings = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+        settings = json.loads(text)
         settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
         pattern = {str(key): float(value) for key, value in settings.get("alpha_pattern", {}).items()}
         common = float(settings["lora_alpha"]) if "lora_alpha" in settings else None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise file.error(f"its metadata lora_adapter_metadata can't be understood: {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise file.error(f"its {where} can't be understood: {error}") from error
     if settings.get("use_dora"):
         raise file.error("is a DoRA adapter, no plain LoRA")
 
@@ -183,6 +184,17 @@ def _alphas(file: TensorFile) -> Callable[[str, int], float]:
         return float(value) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 
     return alpha
+
+
+def _settings(file: TensorFile) -> tuple[str, str]:
+    """Where a LoRA's settings stand, and their JSON: diffusers' metadata, or the file that peft writes beside it."""
+    beside = file.path.with_name("adapter_config.json")
+    if "lora_adapter_metadata" not in file.metadata and file.path.stem.startswith("adapter_model") and beside.is_file():
+        try:
+            return str(beside), beside.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise file.error(f"its {beside} can't be read: {error}") from error
+    return "metadata lora_adapter_metadata", file.metadata.get("lora_adapter_metadata", "{}")
 
 
 def _pair(layer: str, parts: Mapping[str, str], file: TensorFile, alphas: Callable[[str, int], float]) -> LoraLayer:

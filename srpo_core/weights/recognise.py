@@ -35,7 +35,7 @@ SETTINGS = {
 }
 """The settings that take each kind of file."""
 _LORA = re.compile(
-    r"[._]lora\d?[._](A|B|down|up)\.|^(lora_unet|lora_te|lora_transformer|lycoris)\d?_|\.(hada|lokr)_w\d"
+    r"[._]lora\d?[._](A|B|down|up|linear_layer)\.|^(lora_unet|lora_te|lora_transformer|lycoris)\d?_|\.(hada|lokr)_w\d"
 )
 _DTYPES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}
 
@@ -111,7 +111,7 @@ def require(file: TensorFile, part: str, setting: str) -> Contents:
         names = ", ".join(list(file.info)[:3])
         what = contents.detail or f"something that is not known here (it has {names[:200]}, ...)"
         raise WeightsError(setting, file.path, f"is not {wanted}: it looks like {what}", f"name {wanted} instead")
-    reason = f"is {describe(contents)}, not {wanted}"
+    reason = f"is {WORDS[contents.part]} ({describe(contents)}), not {wanted}"
     raise WeightsError(setting, file.path, reason, f"it belongs into {SETTINGS[contents.part]}")
 
 

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,9 @@ from torch import Tensor
 from srpo_core.config import ConfigError
 
 from .not_weights import AGAIN, what_else, what_else_in_folder
+
+SHARD = re.compile(r".+-\d{5}-of-(?!00001)\d{5}\.safetensors", re.IGNORECASE)
+"""How a file is called that holds only some tensors of a model."""
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit that the safetensors library sets too."""
@@ -93,7 +97,7 @@ class TensorFile:
         return name in self.info
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` in memory of its own, in its stored dtype. WeightsError if the file changed meanwhile."""
+        """The tensor `name` in memory of its own, in its stored dtype. WeightsError if the file was cut meanwhile."""
         info, place = self.info[name], self._places[name]
         if info.dtype not in DTYPES:
             raise self.error(f"{name} is stored as {info.dtype}, which can't be read here", "use a file in fp8 or more")
@@ -159,6 +163,8 @@ def open_tensors(path: Path | str, setting: str) -> TensorFile:
             path = _choose(path, setting)
         if not path.is_file():
             raise WeightsError(setting, path, "no such file or folder", "check the path")
+        if SHARD.fullmatch(path.name):
+            raise WeightsError(setting, path, "is one of several shards", "name its folder, or the index beside it")
         return _open_index(path, setting) if path.suffix == ".json" else _open_file(path, setting)
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
         if isinstance(error, WeightsError):
@@ -168,8 +174,9 @@ def open_tensors(path: Path | str, setting: str) -> TensorFile:
 
 def _choose(folder: Path, setting: str) -> Path:
     """The one file of weights, or the one index of shards, that a folder holds."""
-    indexes = sorted(folder.glob("*.safetensors.index*.json"))
-    singles = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))  # hidden ones are no models
+    indexes = [path for path in files if fnmatch(path.name.lower(), "*.safetensors.index*.json")]
+    singles = [path for path in files if path.name.lower().endswith(".safetensors")]
     for names in ([p for p in indexes if ".index.json" in p.name], indexes):
         if len(names) == 1:
             return names[0]
@@ -177,6 +184,8 @@ def _choose(folder: Path, setting: str) -> Path:
     for names in (usual, singles):
         if len(names) == 1:
             return names[0]
+    if singles and all(SHARD.fullmatch(path.name) for path in singles) and not indexes:
+        raise WeightsError(setting, folder, "holds shards without their index", "copy *.safetensors.index.json too")
     if indexes or singles:
         listed = ", ".join(p.name for p in (indexes or singles)[:5])
         raise WeightsError(setting, folder, f"holds several files of weights ({listed})", "name one of them")

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from lora_files import named, random_pairs, save
 from safetensors.torch import load_file
 
-from srpo_core.export import export_vae_comfyui
+from srpo_core.export import export_vae
 from srpo_core.export.convert import convert, extract_lora
 from srpo_core.lora import ChosenLora, linear_shapes, merge_lora
 from srpo_core.models.flux import ImageAutoencoder
@@ -127,7 +127,7 @@ def test_a_flux_autoencoder(tmp_path):
     with torch.no_grad():
         latents = autoencoder.encode(images)
         decoded = autoencoder.decode(latents)
-    path = export_vae_comfyui(autoencoder, tmp_path / "vae.safetensors", {})
+    path = export_vae(autoencoder, tmp_path / "vae.safetensors", {})
     theirs, report = comfyui(tmp_path / "job", {"vae": path}, {"latents": latents, "images": images})
     assert report["channels"] == 16
     print(f"largest difference of a pixel {(theirs['decoded'] - decoded).abs().max():.1e}")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from srpo_core import cli
 from srpo_core.checkpoint import latest, load_weights
 from srpo_core.config import LoraConfig
-from srpo_core.export import export_lora, export_run, export_vae_comfyui
+from srpo_core.export import export_lora, export_run, export_vae
 from srpo_core.lora import add_lora
 from srpo_core.miniature.captions import random_scenes
 from srpo_core.miniature.world import random_layout, random_looks, render
@@ -121,7 +121,7 @@ def test_the_autoencoder(tmp_path, parts):
     with torch.no_grad():
         latents = parts.autoencoder.encode(images)
         decoded = parts.autoencoder.decode(latents)
-    path = export_vae_comfyui(parts.autoencoder, tmp_path / "vae.safetensors", {})
+    path = export_vae(parts.autoencoder, tmp_path / "vae.safetensors", {})
     theirs, report = comfyui(tmp_path / "job", {"vae": path}, {"latents": latents, "images": images})
     assert (report["dtype"], report["channels"]) == ("torch.float32", 16)
     picture = (theirs["decoded"] - decoded).abs().max().item()
