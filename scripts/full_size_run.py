@@ -117,8 +117,8 @@ def make_files(folder: Path, tiny: bool) -> dict[str, str]:
     }
 
 
-class Session:
-    """Runs commands one by one and writes down what each took."""
+class Runs:
+    """Commands run one by one and writes down what each took."""
 
     def __init__(self, folder: Path, out: Path | None) -> None:
         self.folder, self.out = folder, out
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    session = Session(args.folder, args.out)
+    runs = Runs(args.folder, args.out)
     start = time.perf_counter()
     settings = make_files(args.folder, args.tiny) | {"model.tokenizers": str(args.tokenizers)}
     print(f"files: {time.perf_counter() - start:.0f} s", flush=True)
@@ -196,20 +196,20 @@ def main() -> None:
     size = [f"data.height={side}", f"data.width={side}"]
     quick = [*given, *size, f"optim.steps={steps}", "optim.accumulation=1", "output.preview_every=0"]
     quick += ["output.tensorboard=false", f"rollout.num_steps={2 if args.tiny else 25}"]
-    session.run("srpo train --check", "train", "flux-dev-lora", *quick, "--check")
-    session.run("srpo encode, T5 in bfloat16", "encode", "flux-dev-lora", *quick)
+    runs.run("srpo train --check", "train", "flux-dev-lora", *quick, "--check")
+    runs.run("srpo encode, T5 in bfloat16", "encode", "flux-dev-lora", *quick)
     for preset, cap in (("flux-dev-lora", 0.0), ("flux-dev-lora-24gb", 24.0)):
         run_dir = args.folder / preset
-        session.run(
+        runs.run(
             f"srpo train {preset}, {side} x {side}", "train", preset, *quick, f"output.dir={run_dir}", cap_gb=cap
         )
         if (run_dir / "metrics.jsonl").is_file():
-            session.add(**steps_of(run_dir))
+            runs.add(**steps_of(run_dir))
     run_dir, pictures = str(args.folder / "flux-dev-lora"), str(args.folder / "pictures")
     prompt, drawn = ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]], (64 if args.tiny else 1024)
     drawn_size = [f"data.height={drawn}", f"data.width={drawn}"]
     num = ["--steps", "2" if args.tiny else "50"]
-    session.run(
+    runs.run(
         "srpo sample, 2 pictures, 1024 x 1024, 50 steps",
         "sample",
         run_dir,
@@ -219,12 +219,12 @@ def main() -> None:
         "--out",
         pictures,
     )
-    session.run("srpo score, HPS v2.1", "score", pictures, "--source", run_dir)
-    session.run("srpo export, the LoRA", "export", run_dir)
+    runs.run("srpo score, HPS v2.1", "score", pictures, "--source", run_dir)
+    runs.run("srpo export, the LoRA", "export", run_dir)
     target = str(args.folder / "merged_fp8.safetensors")
     fp8 = ["--what", "transformer", "--format", "comfyui", "--dtype", "scaled-fp8", "--out", target]
-    session.run("srpo export, merged, original names, scaled fp8", "export", run_dir, *fp8)
-    session.run("srpo doctor FILE", "doctor", target)
+    runs.run("srpo export, merged, original names, scaled fp8", "export", run_dir, *fp8)
+    runs.run("srpo doctor FILE", "doctor", target)
 
 
 if __name__ == "__main__":
