@@ -200,9 +200,7 @@ def main() -> None:
     runs.run("srpo encode, T5 in bfloat16", "encode", "flux-dev-lora", *quick)
     for preset, cap in (("flux-dev-lora", 0.0), ("flux-dev-lora-24gb", 24.0)):
         run_dir = args.folder / preset
-        runs.run(
-            f"srpo train {preset}, {side} x {side}", "train", preset, *quick, f"output.dir={run_dir}", cap_gb=cap
-        )
+        runs.run(f"srpo train {preset}, {side} x {side}", "train", preset, *quick, f"output.dir={run_dir}", cap_gb=cap)
         if (run_dir / "metrics.jsonl").is_file():
             runs.add(**steps_of(run_dir))
     run_dir, pictures = str(args.folder / "flux-dev-lora"), str(args.folder / "pictures")
