@@ -10,16 +10,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from srpo_core.checks import check_files, check_fit, run_texts, size_notes
+from srpo_core.checks import Ready, check_run, size_notes
 from srpo_core.config import RunConfig
 from srpo_core.embeddings import StoredPrompts, embedding_cache, encode
 from srpo_core.errors import enough_memory
-from srpo_core.interfaces import Components, PromptBatch, TrainableFlow
+from srpo_core.interfaces import PromptBatch, TrainableFlow
 from srpo_core.learner import Parts
 from srpo_core.lora import add_lora, lora_alpha, lora_targets, start_from
-from srpo_core.models import load_model
 from srpo_core.parallel import World, make_world
-from srpo_core.photos import Photo, check_whole
+from srpo_core.photos import Photo
 from srpo_core.preference import ControlWords
 from srpo_core.progress import Display
 from srpo_core.prompts import PromptSequence, ordered_sequence, prompt_sequence
@@ -27,7 +26,6 @@ from srpo_core.randomness import generator_for
 from srpo_core.rewards import load_rewards
 from srpo_core.rewards.mixture import blind_notes
 from srpo_core.rewards.trial import try_rewards
-from srpo_core.run_folder import check_space
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
 from srpo_core.weights.lora_names import Lora
@@ -36,16 +34,11 @@ from srpo_core.weights.lora_names import Lora
 def assemble(config: RunConfig) -> Trainer:
     """Load model and reward, encode the prompts, prepare what is trained. ConfigError names the wrong setting."""
     world = make_world(config.parallel)
-    inputs = check_files(config)
-    with enough_memory("loading the model", "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"):
-        components = load_model(config.model, world.device)
-    footprint = check_fit(config, components.outline(), inputs, world.device)
-    check_space(config, footprint.checkpoint_bytes(config))
-    check_whole(inputs.photos, f"data.photos={config.data.photos!r}")
+    ready = check_run(config, world)
+    inputs, components = ready.inputs, ready.components
     advice = "try model.t5_memory=8bit or offload"
     with Display(quiet=not world.is_main) as display, enough_memory("encoding prompts", advice):
-        prompts, held_out = run_texts(config, components.prompts)
-        data, encoded = _encode(config, components, (prompts, held_out, inputs.photos), world, display)
+        data, encoded = _encode(config, ready, world, display)
     components.release("text_encoder")
     words = ControlWords(config.reward.liked, config.reward.disliked)
     with enough_memory("loading the models", "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"):
@@ -58,7 +51,7 @@ def assemble(config: RunConfig) -> Trainer:
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
     parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
-    parts.trained_on = _digest(prompts, inputs.photos)
+    parts.trained_on = _digest(ready.prompts, inputs.photos)
     return Trainer(config, world, parts)
 
 
@@ -69,25 +62,20 @@ def _digest(prompts: Sequence[str], photos: Sequence[Photo]) -> str:
 
 
 def _encode(
-    config: RunConfig,
-    components: Components,
-    inputs: tuple[Sequence[str], Sequence[str], Sequence[Photo]],
-    world: World,
-    display: Display | None,
+    config: RunConfig, ready: Ready, world: World, display: Display | None
 ) -> tuple[TrainingData, PromptBatch | StoredPrompts]:
-    """What is trained on, and the held-out prompts; `inputs` are (prompts, held-out prompts, photos)."""
-    data, text_encoder = config.data, components.text_encoder
-    prompts, held_out, photos = inputs
+    """What is trained on, and the held-out prompts."""
+    data, text_encoder, photos = config.data, ready.components.text_encoder, ready.inputs.photos
     cache = embedding_cache(text_encoder, config)
     display = display if cache is not None else None
     count = max(config.output.preview_prompts, config.output.evaluate_prompts, PROBE_PROMPTS)
-    encoded = encode(text_encoder, held_out[:count], cache=cache, display=display)
+    encoded = encode(text_encoder, ready.held_out[:count], cache=cache, display=display)
     micros = config.optim.steps * config.optim.accumulation
     on_photos, on_prompts = (turns * world.size for turns in sources(data, config.seed, micros))
     train = TrainingData(config.seed, (data.height, data.width), data.batch_size, photo_share=data.photo_share)
     if on_prompts:
         length = on_prompts * data.batch_size
-        rollouts = prompt_sequence(text_encoder, prompts, config.seed, length, cache, display)
+        rollouts = prompt_sequence(text_encoder, ready.prompts, config.seed, length, cache, display)
         train = replace(train, rollouts=rollouts)
     if on_photos:
         sizes = photo_sizes(data, photos)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 
 from srpo_core.config import ConfigError, RunConfig
+from srpo_core.errors import enough_memory
 from srpo_core.interfaces import Components, TrainableFlow
 from srpo_core.lora import check_start, read_start, target_shapes
-from srpo_core.models import MODELS
-from srpo_core.photos import Photo, find_photos
+from srpo_core.models import MODELS, load_model
+from srpo_core.parallel import World
+from srpo_core.photos import Photo, check_whole, find_photos
 from srpo_core.prompts import read_prompts, without_held_out
 from srpo_core.rewards import check_reward
+from srpo_core.run_folder import check_space
 from srpo_core.training_data import needs_prompts, photo_sizes, sources
 from srpo_core.weights.lora_names import Lora
 
@@ -27,6 +30,18 @@ class Inputs:
     photos: Sequence[Photo]
     start: Lora | None
     """The LoRA that training starts from."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that every check without weights has passed."""
+
+    inputs: Inputs
+    components: Components
+    footprint: Footprint
+    prompts: Sequence[str]
+    """To train on; none where the run trains on photos alone."""
+    held_out: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,18 @@ def check_files(config: RunConfig) -> Inputs:
     return Inputs(photos, start)
 
 
+def check_run(config: RunConfig, world: World) -> Ready:
+    """Every check that needs no weights, for the start of a run and for `--check`. ConfigError with the reason."""
+    inputs = check_files(config)
+    with enough_memory("loading the model", "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"):
+        components = load_model(config.model, world.device)
+    footprint = check_fit(config, components.outline(), inputs, world.device)
+    prompts, held_out = run_texts(config, components.prompts)
+    check_space(config, footprint.checkpoint_bytes(config))
+    check_whole(inputs.photos, f"data.photos={config.data.photos!r}")
+    return Ready(inputs, components, footprint, prompts, held_out)
+
+
 @contextlib.contextmanager
 def _noted(complaints: list[str]) -> Iterator[None]:
     try:
@@ -117,14 +144,19 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     return footprint
 
 
-def _check_sizes(config: RunConfig, flow: TrainableFlow, photos: Sequence[Photo]) -> None:
-    data = config.data
+def check_size(flow: TrainableFlow, height: int, width: int) -> None:
+    """ConfigError, with the settings' names, if the flow can't make pictures of data.height x data.width."""
     try:
-        flow.latent_shape(data.height, data.width)
+        flow.latent_shape(height, width)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"data.height={data.height}, data.width={data.width}: {error}") from error
+        raise ConfigError(f"data.height={height}, data.width={width}: {error}") from error
+
+
+def _check_sizes(config: RunConfig, flow: TrainableFlow, photos: Sequence[Photo]) -> None:
+    data = config.data
+    check_size(flow, data.height, data.width)
     for height, width in sorted(set(photo_sizes(data, photos))) if data.bucket_step else ():
         try:
             flow.latent_shape(height, width)

@@ -68,9 +68,9 @@ def train(args: Namespace) -> int:
 
 
 def _check(config: RunConfig, resume: bool) -> int:
-    from srpo_core.plan import check_run
+    from srpo_core.plan import plan_run
 
-    lines = check_run(config, resume)
+    lines = plan_run(config, resume)
     print("The run is fine to start:\n" + "".join(f"  {name:<12} {text}\n" for name, text in lines), end="")
     return 0
 

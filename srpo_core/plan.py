@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from srpo_core import places
 from srpo_core.catalogue import CATALOGUE
-from srpo_core.checks import Footprint, check_files, check_fit, run_texts, size_notes
+from srpo_core.checks import Footprint, Ready, check_run, size_notes
 from srpo_core.config import MoreReward, RewardConfig, RunConfig
-from srpo_core.interfaces import Components
-from srpo_core.models import load_model
 from srpo_core.parallel import World, make_world
-from srpo_core.photos import Photo, check_whole
-from srpo_core.run_folder import check_space, check_start, device_name, free_bytes, size_text
+from srpo_core.run_folder import check_start, device_name, free_bytes, size_text
 from srpo_core.training_data import photo_notes, photo_sizes, sources
 
 _MODEL_FILES = ("path", "transformer", "autoencoder", "clip", "t5", "tokenizers", "lora")
 
 
-def check_run(config: RunConfig, resume: bool = False) -> list[tuple[str, str]]:
+def plan_run(config: RunConfig, resume: bool = False) -> list[tuple[str, str]]:
     """(what, in words) of a run that may start. ConfigError if it may not, with the reason.
 
     Photos are read whole; of models only headers are, where their family can do so.
     """
     check_start(config, resume)
     world = make_world(config.parallel)
-    inputs = check_files(config)
-    components = load_model(config.model, world.device)
-    footprint = check_fit(config, components.outline(), inputs, world.device)
-    texts = run_texts(config, components.prompts)
-    check_space(config, footprint.checkpoint_bytes(config))
-    check_whole(inputs.photos, f"data.photos={config.data.photos!r}")
-    return list(_lines(config, world, components, footprint, texts, inputs.photos))
+    return list(_lines(config, world, check_run(config, world)))
 
 
-def _lines(
-    config: RunConfig,
-    world: World,
-    components: Components,
-    footprint: Footprint,
-    texts: tuple[Sequence[str], Sequence[str]],
-    photos: Sequence[Photo],
-) -> Iterator[tuple[str, str]]:
-    data, optim, lora = config.data, config.optim, config.lora
+def _lines(config: RunConfig, world: World, ready: Ready) -> Iterator[tuple[str, str]]:
+    data, optim, lora, footprint, photos = config.data, config.optim, config.lora, ready.footprint, ready.inputs.photos
     micros = optim.steps * optim.accumulation
     on_photos, on_prompts = sources(data, config.seed, micros)
     trained, frozen = _millions(footprint.trained), _millions(footprint.frozen)
@@ -58,18 +42,20 @@ def _lines(
         yield "reward", f"{one.name}{_reward_place(one)}"
     count = optim.accumulation * data.batch_size
     yield "steps", f"{optim.steps}, each of {count} {'picture' if count == 1 else 'pictures'}"
-    train, held_out = texts
     if on_prompts:
         visited = on_prompts * data.batch_size
-        yield "prompts", f"{len(train):,} to train on, {visited:,} pictures of {data.width} x {data.height} rolled out"
+        yield (
+            "prompts",
+            f"{len(ready.prompts):,} to train on, {visited:,} pictures of {data.width} x {data.height} rolled out",
+        )
     if photos:
         for note in photo_notes(photos, photo_sizes(data, photos)):
             yield "photos", note
         visits = on_photos * data.batch_size
         yield "", f"each is trained on {visits / len(photos):.1f} times, {visits:,} in all"
-    for note in size_notes(config, components):
+    for note in size_notes(config, ready.components):
         yield "size", note
-    yield from _places(config, footprint, len(held_out))
+    yield from _places(config, footprint, len(ready.held_out))
 
 
 def _places(config: RunConfig, footprint: Footprint, held_out: int) -> Iterator[tuple[str, str]]:

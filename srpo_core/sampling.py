@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from srpo_core import checkpoint as checkpoints
+from srpo_core.checks import check_size
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.embeddings import StoredPrompts, embedding_cache, encode
 from srpo_core.errors import NotFiniteError
@@ -148,12 +149,7 @@ class TrainedWeights:
         shapes = linear_shapes(outline.module)
         for lora, _ in self.loras:
             check_lora(lora, shapes)
-        try:
-            outline.latent_shape(settings.height, settings.width)
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"data.height={settings.height}, data.width={settings.width}: {error}") from error
+        check_size(outline, settings.height, settings.width)
 
     def load_into(self, components: Components) -> None:
         """Load the transformer, lay these weights over it and freeze it."""

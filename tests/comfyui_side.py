@@ -33,17 +33,22 @@ def complains(level, message):
     return level >= logging.WARNING or message.lower().startswith(("left over", "leftover"))
 
 
+def start(program, folder):
+    """Run a program of tests/comfyui, which imports ComfyUI, on the job in a folder."""
+    path = Path(__file__).parent / "comfyui" / program
+    done = subprocess.run(
+        [sys.executable, str(path), str(Path(CHECKOUT).resolve()), str(folder)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def comfyui(folder, job, inputs):
     """(tensors, report) of what ComfyUI makes of the files that `job` names. It may not have complained of anything."""
     folder.mkdir()
     (folder / "job.json").write_text(json.dumps({name: str(path) for name, path in job.items()}), encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, folder / "inputs.safetensors")
-    program = Path(__file__).parent / "comfyui" / "in_comfyui.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(Path(CHECKOUT).resolve()), str(folder)],
-        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    start("in_comfyui.py", folder)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     complaints = [message for level, message in report["logged"] if complains(level, message)]
     assert not complaints, complaints

@@ -195,7 +195,7 @@ def out_of_memory(*_, **__):
     ("place", "message"),
     [
         (
-            "srpo_core.assemble.load_model",
+            "srpo_core.checks.load_model",
             r"loading the model: out of memory; .*lora.rank=16.*Tried to allocate 2 GiB.$",
         ),
         ("tiny.encode_text", r"encoding prompts: out of memory; try model.t5_memory"),

@@ -20,7 +20,7 @@ from srpo_core.checks import Footprint, footprint_of
 from srpo_core.cli import main
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run
-from srpo_core.plan import check_run
+from srpo_core.plan import plan_run
 from srpo_core.rewards.clip_files import new_open_clip
 
 
@@ -116,27 +116,27 @@ def photo_folder(folder: Path) -> Path:
 def test_photos_are_read_to_their_end(tmp_path):
     folder = photo_folder(tmp_path / "photos")
     config = tiny_config(tmp_path / "run", data__photos=str(folder), data__bucket_step=4)
-    told = dict(check_run(config))
+    told = dict(plan_run(config))
     assert told["photos"].startswith("3 photos in 1 size")
     whole = (folder / "1.jpg").read_bytes()
     (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
-    for start in (check_run, assemble):
+    for start in (plan_run, assemble):
         with pytest.raises(ConfigError, match=r"1 can't be used:\n  the photo .*1.jpg can't be read: .*truncated"):
             start(config)
 
 
 def test_prompts_that_are_not_rolled_out_are_not_asked_for(tmp_path):
     settings = {"data__photos": str(photo_folder(tmp_path / "photos")), "data__prompts": "nowhere.txt"}
-    assert "prompts" not in dict(check_run(tiny_config(tmp_path / "run", **settings)))
+    assert "prompts" not in dict(plan_run(tiny_config(tmp_path / "run", **settings)))
     with pytest.raises(ConfigError, match=r"data.prompts='nowhere.txt': no such file"):
-        check_run(tiny_config(tmp_path / "run", **settings, data__photo_share=0.5))
+        plan_run(tiny_config(tmp_path / "run", **settings, data__photo_share=0.5))
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     wrong = {"data__prompts": "nowhere.txt", "data__photos": "gone", "data__photo_share": 0.5, "reward__name": "clap"}
     config = tiny_config(tmp_path, **wrong)
     with pytest.raises(ConfigError) as caught:
-        check_run(config)
+        plan_run(config)
     first, *others = str(caught.value).splitlines()
     assert first == "3 things to put right:" and len(others) == 3
     assert "nowhere.txt" in others[0] and "'gone'" in others[1] and "clap" in others[2]
@@ -145,5 +145,5 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
 def test_a_folder_with_a_run_is_told(tmp_path):
     assemble(tiny_config(tmp_path, optim__steps=1)).train()
     with pytest.raises(ConfigError, match="already holds a run"):
-        check_run(tiny_config(tmp_path, optim__steps=2))
-    assert dict(check_run(tiny_config(tmp_path, optim__steps=2), resume=True))["steps"] == "2, each of 2 pictures"
+        plan_run(tiny_config(tmp_path, optim__steps=2))
+    assert dict(plan_run(tiny_config(tmp_path, optim__steps=2), resume=True))["steps"] == "2, each of 2 pictures"

@@ -4,13 +4,10 @@ ComfyUI runs in a process of its own (in_comfyui.py). `pytest -rP` shows the err
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from comfyui_side import needs_comfyui, start
 from flux_weights import TOY, original_shapes, original_vae_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from test_weights_flux import PREFIX, scaled_toy, toy
@@ -19,23 +16,14 @@ from srpo_core.interfaces import PromptBatch
 from srpo_core.models.flux import FluxFlow, ImageAutoencoder
 from srpo_core.models.flux_files import autoencoder_at, transformer_at
 
-CHECKOUT = os.environ.get("COMFYUI_PATH", "")
-pytestmark = pytest.mark.skipif(
-    not (Path(CHECKOUT) / "comfy" / "sd.py").is_file(),
-    reason="needs real ComfyUI: set COMFYUI_PATH to a checkout whose requirements are installed here",
-)
+pytestmark = needs_comfyui
 SCHNELL = original_shapes(**TOY | {"guidance": False})
 
 
 def in_comfyui(folder, job, inputs):
     (folder / "job.json").write_text(json.dumps({name: str(path) for name, path in job.items()}), encoding="utf-8")
     save_file(inputs, folder / "inputs.safetensors")
-    program = Path(__file__).with_name("in_comfyui.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(Path(CHECKOUT).resolve()), str(folder)],
-        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    start("in_comfyui.py", folder)
     return load_file(folder / "outputs.safetensors")
 
 

@@ -6,24 +6,18 @@ It runs in a process of its own (text_in_comfyui.py).
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from comfyui_side import CHECKOUT, needs_comfyui, start
 from safetensors.torch import load_file
 from tiny_text import clip_tensors, plain_fp8, save, scaled_fp8, t5_tensors, tiny_clip, tiny_t5
 
 from srpo_core.config import ModelConfig
 from srpo_core.models.flux_text import FluxTextEncoder, find_text
 
-CHECKOUT = os.environ.get("COMFYUI_PATH", "")
-pytestmark = pytest.mark.skipif(
-    not (Path(CHECKOUT) / "comfy" / "sd.py").is_file(),
-    reason="needs real ComfyUI: set COMFYUI_PATH to a checkout whose requirements are installed here",
-)
+pytestmark = needs_comfyui
 TOLERANCE = 3e-5
 """Relative, of float32 results; measured with ComfyUI 0.33.0: 5e-6 at most."""
 TEXTS = [
@@ -43,12 +37,7 @@ LONG = "a very long description of many things, " * 80
 def numbers(job, texts):
     """What ComfyUI wrote: (ids by tokenizer, tensors)."""
     (job / "job.json").write_text(json.dumps({**json.loads((job / "job.json").read_text()), "texts": texts}))
-    program = Path(__file__).with_name("text_in_comfyui.py")
-    done = subprocess.run(
-        [sys.executable, str(program), str(Path(CHECKOUT).resolve()), str(job)],
-        cwd=job, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    start("text_in_comfyui.py", job)
     report = json.loads((job / "report.json").read_text(encoding="utf-8"))
     assert [message for level, message in report["logged"] if level >= logging.WARNING] == []
     return json.loads((job / "ids.json").read_text(encoding="utf-8")), load_file(job / "outputs.safetensors")
