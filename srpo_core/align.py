@@ -94,8 +94,13 @@ def direct_align(flow: FlowModel, rollout: Rollout, step: AlignStep, guidance: f
     """
     latents = add_noise(rollout.clean, rollout.noise, step.sigma)
     velocity = flow.velocity(latents, per_sample(step.sigma, latents), rollout.prompts, guidance)
+    return recovered(latents, velocity, rollout.noise, step)
+
+
+def recovered(latents: Tensor, velocity: Tensor, noise: Tensor, step: AlignStep) -> Tensor:
+    """Clean latents from latents at step.sigma: one Euler step along `velocity`, less the rest of the known noise."""
     stepped = euler_step(latents, velocity, step.sigma, step.sigma_next)
-    return remove_noise(stepped, rollout.noise, step.sigma_next)
+    return remove_noise(stepped, noise, step.sigma_next)
 
 
 def one_step_prediction(flow: FlowModel, rollout: Rollout, sigma: Level, guidance: float) -> Tensor:

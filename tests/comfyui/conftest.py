@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfyui_server import Server
 from comfyui_side import GUIDANCE
 
 from srpo_core.config import ModelConfig
@@ -21,3 +22,13 @@ def question(parts):
     latents = torch.randn(2, 16, 12, 16, generator=torch.Generator().manual_seed(0))
     sigma, guidance = torch.tensor([0.9, 0.35]), torch.tensor(GUIDANCE)
     return prompts, {"latents": latents, "sigma": sigma, "guidance": guidance, **prompts.embeds}
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real server with this pack, shared by all tests."""
+    one = Server(tmp_path_factory.mktemp("comfyui"))
+    try:
+        yield one.wait()
+    finally:
+        one.stop()
