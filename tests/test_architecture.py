@@ -1,4 +1,4 @@
-"""The engine never imports ComfyUI or its nodes, and importing it does nothing."""
+"""The engine never imports ComfyUI or its nodes, importing it does nothing, and importing the nodes is quick."""
 
 import ast
 import subprocess
@@ -9,6 +9,9 @@ import pytest
 
 ENGINE = Path(__file__).parents[1] / "srpo_core"
 FILES = sorted(ENGINE.rglob("*.py"))
+NODES = sorted((ENGINE.parent / "nodes").glob("*.py"))
+SLOW = {"diffusers", "transformers", "peft", "open_clip", "matplotlib", "tensorboard", "accelerate", "torchvision"}
+"""Libraries that take seconds to import: a node imports them, and engine modules that do, when it runs."""
 FORBIDDEN = {
     "comfy",
     "comfy_api",
@@ -83,3 +86,51 @@ assert not changed, changed
         [sys.executable, "-c", code, *names], capture_output=True, text=True, check=False, cwd=ENGINE.parent
     )
     assert done.returncode == 0, done.stderr
+
+
+def at_import(tree):
+    """The statements that run when a file is imported: not those inside functions, nor those for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from at_import(node)
+
+
+def engine_modules(tree):
+    """Modules of the engine that a file imports while it is imported."""
+    for node in at_import(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "srpo_core":
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "srpo_core")
+
+
+def test_importing_the_nodes_loads_nothing_slow():
+    """What ComfyUI's start pays for: the nodes' own imports, and all that the engine's modules among them import."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in NODES]
+    names = sorted({name for tree in trees for name in engine_modules(tree)})
+    assert names
+    for tree in trees:
+        statements = [node for node in at_import(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert not set(imported(ast.Module(statements, []))) & SLOW
+    code = """
+import importlib, sys
+import torch, numpy
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # a name in a module, not a module
+            raise
+print(sorted(set(sys.modules) & set(sys.argv[1].split(","))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, ",".join(SLOW), *names],
+        capture_output=True, text=True, check=False, cwd=ENGINE.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
