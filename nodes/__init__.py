@@ -7,6 +7,8 @@ import logging
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import packages
+
 NODES = (
     "loaders:LoadCheckpoint",
     "loaders:LoadLora",
@@ -32,12 +34,15 @@ class SRPOExtension(ComfyExtension):
         for entry in NODES:
             module_name, _, class_name = entry.partition(":")
             try:
-                found.append(getattr(importlib.import_module(f"{__name__}.{module_name}"), class_name))
-            except (ImportError, AttributeError) as error:
+                node = getattr(importlib.import_module(f"{__name__}.{module_name}"), class_name)
+                node.GET_SCHEMA()  # ComfyUI would drop every node for one that is wrong
+                found.append(packages.with_advice(node))
+            except Exception as error:  # a broken package raises anything, and the other nodes need not suffer
                 logging.error("SRPO: node %s is missing: %s", class_name, error)
         return found
 
 
 async def comfy_entrypoint() -> SRPOExtension:
-    """What ComfyUI calls."""
+    """What ComfyUI calls once."""
+    packages.tell_missing()
     return SRPOExtension()

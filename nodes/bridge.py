@@ -20,6 +20,7 @@ from node_helpers import conditioning_set_values
 from torch import Tensor
 
 from srpo_core.config import ConfigError
+from srpo_core.errors import NotFiniteError
 from srpo_core.interfaces import FlowModel, PromptBatch
 from srpo_core.randomness import fixed_noise
 
@@ -102,12 +103,18 @@ def with_flow(
     """What `work(flow, noise)` returns, latents [B, C, h, w] in the model's range, in the range of LATENT, on the CPU.
 
     `work` runs on the model's device, inside one sampling session; `sigmas` is the schedule that the session tells
-    the model's patches of.
+    the model's patches of. NotFiniteError if the model's numbers are none.
     """
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning_set_values(positive, {"guidance": guidance})})
     guider.set_cfg(1.0)
-    return guider.sample(noise, torch.zeros_like(noise), _Work(work), sigmas, disable_pbar=True, seed=seed).cpu()
+    found = guider.sample(noise, torch.zeros_like(noise), _Work(work), sigmas, disable_pbar=True, seed=seed).cpu()
+    if not bool(torch.isfinite(found).all()):
+        raise NotFiniteError(
+            "model: its numbers are not finite (NaN or infinite), so there is no picture; load it in bfloat16 or"
+            " float32, or lower the strength of its LoRAs"
+        )
+    return found
 
 
 def prompts_of(count: int) -> PromptBatch:
@@ -127,5 +134,6 @@ class ComfyAutoencoder:
         return self.format.process_in(self.vae.encode(images.movedim(1, -1)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, 3, H, W] in [0, 1]."""
-        return self.vae.decode(self.format.process_out(latents)).movedim(-1, 1)
+        """[B, C, h, w] -> [B, 3, H, W] in [0, 1]; a VAE for videos gives each latent's frames one after the other."""
+        images = self.vae.decode(self.format.process_out(latents))
+        return images.reshape(-1, *images.shape[-3:]).movedim(-1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import typing
 from typing import Any
@@ -13,6 +14,14 @@ from srpo_core.config import Section
 
 SEED_MAX = 2**64 - 1
 """As large as ComfyUI's own seeds get."""
+
+
+_FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
+
+
+def schema(**fields: Any) -> io.Schema:
+    """A node's schema, without the search aliases where ComfyUI is too old to know them."""
+    return io.Schema(**{name: value for name, value in fields.items() if name != "search_aliases" or name in _FIELDS})
 
 
 def widget(section: type[Section], name: str, **changes: Any) -> io.Input:

@@ -14,7 +14,12 @@ Table = dict[str, Any]
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], note: str = "") -> Table:
     """A table for the page; numbers stay numbers, so that it can sort them. `note` stands below it."""
-    return {"title": title, "columns": list(columns), "rows": [list(row) for row in rows], "note": note}
+    return {"title": title, "columns": list(columns), "rows": [[*map(_exact, row)] for row in rows], "note": note}
+
+
+def _exact(cell: Cell) -> Cell:
+    """Whole numbers that JavaScript would round (seeds) as text."""
+    return str(cell) if isinstance(cell, int) and abs(cell) > 2**53 else cell
 
 
 def as_text(shown: Table) -> str:

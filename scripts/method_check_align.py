@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from srpo_core.align import AlignStep, align_step_at, direct_align, one_step_prediction, training_levels
+from srpo_core.align_view import psnr
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run
 from srpo_core.files import write_atomic
@@ -97,11 +98,6 @@ class Bench:
         pairs = zip(self.rollouts, self.images, strict=True)
         found = [self.measure(images, clean.prompts.prompts) for clean, images in pairs]
         return {name: torch.cat([part[name] for part in found]).numpy() for name in MEASURES}
-
-
-def psnr(images: Tensor, target: Tensor) -> Tensor:
-    """Peak signal to noise of pictures [B, 3, H, W] in [0, 1], [B] in dB; at most 100."""
-    return -10 * (images - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
 @torch.no_grad()

@@ -7,13 +7,14 @@ means the same stretch of the trajectory in both branches, and a training range 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from srpo_core.align import AlignStep, Branch, recovered
+from srpo_core.columns import require_finite
 from srpo_core.config import AlignConfig, ConfigError, RolloutConfig
 from srpo_core.flow import add_noise, euler_step, per_sample, shifted_sigmas
 from srpo_core.interfaces import Autoencoder, FlowModel, Reward
@@ -23,7 +24,8 @@ MOST_LEVELS = 24
 """Levels in one view: each costs a model call, two decoded pictures and a column of the grid."""
 CLEAN, LOST = 30.0, 20.0
 """PSNR in dB from which a picture counts as clean, and below which as lost."""
-Number = str | int | float
+WAYS = ("recovered", "one_step")
+"""Both ways to a clean picture: names of LevelView's fields."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Way:
     psnr: list[float]
     """Against the clean pictures, in dB; 100 at most."""
     detail: list[float]
-    """Fine detail as a share of the clean pictures'."""
+    """Share of the clean pictures' edges that are in place."""
     reward: list[float] | None
     """None without a reward."""
 
@@ -82,7 +84,7 @@ class AlignView:
     prompts: tuple[str, ...]
 
     def images(self, way: str) -> Tensor:
-        """All pictures of "recovered" or "one_step", [levels * B, 3, H, W], level by level."""
+        """All pictures of one of WAYS, [levels * B, 3, H, W], level by level."""
         return torch.cat([getattr(level, way).images for level in self.levels])
 
 
@@ -176,3 +178,111 @@ def both_ways(
         if on_level is not None:
             on_level(done)
     return torch.stack(found)
+
+
+@torch.no_grad()
+def align_view(
+    autoencoder: Autoencoder,
+    rollout: Rollout,
+    levels: Sequence[float],
+    steps: Sequence[AlignStep],
+    latents: Tensor,
+    reward: Reward | None = None,
+    on_level: Callable[[int], None] | None = None,
+) -> AlignView:
+    """Decode and measure the latents of `both_ways`, [len(levels), 2, B, C, h, w] in the model's range.
+
+    The reward gets all pictures in one call, on the CPU, with the rollout's prompts. `on_level(levels done)` is called
+    after each level is decoded. NotFiniteError if a reward is no finite number.
+    """
+    pictures = [_decoded(autoencoder, rollout.clean)]
+    for done, pair in enumerate(latents, start=1):
+        pictures += [_decoded(autoencoder, one) for one in pair]
+        if on_level is not None:
+            on_level(done)
+    prompts = rollout.prompts.prompts
+    scores: list[list[float] | None] = [None] * len(pictures)
+    if reward is not None:
+        values = reward(torch.cat(pictures), prompts * len(pictures)).float()
+        numbers = [f"picture {i + 1}" for _ in pictures for i in range(len(prompts))]
+        require_finite({"reward": values.tolist()}, numbers)
+        scores = values.view(len(pictures), len(prompts)).tolist()
+    clean, *ways = (
+        Way(images, psnr(images, pictures[0]).tolist(), detail_kept(images, pictures[0]).tolist(), score)
+        for images, score in zip(pictures, scores, strict=True)
+    )
+    pairs = zip(levels, steps, ways[::2], ways[1::2], strict=True)
+    branch = "denoise" if steps[0].denoises else "inversion"
+    return AlignView(clean, [LevelView(*pair) for pair in pairs], branch, prompts)
+
+
+def _decoded(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    return autoencoder.decode(latents).float().cpu().clamp(0, 1)
+
+
+def psnr(images: Tensor, target: Tensor) -> Tensor:
+    """Peak signal to noise of pictures [B, 3, H, W] in [0, 1], [B] in dB; at most 100."""
+    return -10 * (images - target).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def detail_kept(images: Tensor, target: Tensor) -> Tensor:
+    """Share of the target's edges that pictures [B, 3, H, W] have in the same places, [B].
+
+    The projection of their differences of neighbouring pixels onto the target's: 1 for the same picture, less for a
+    blurred one, about 0 for another picture however sharp; more contrast gives more than 1.
+    """
+    along = [(images.diff(dim=dim), target.diff(dim=dim)) for dim in (-1, -2)]
+    common = sum((ours * theirs).sum((1, 2, 3)) for ours, theirs in along)
+    return common / sum(theirs.square().sum((1, 2, 3)) for _, theirs in along).clamp(min=1e-12)
+
+
+def verdict(decibels: float) -> str:
+    """A PSNR in a word: clean, soft or lost."""
+    return "clean" if decibels >= CLEAN else "soft" if decibels >= LOST else "lost"
+
+
+def table(view: AlignView) -> tuple[list[str], list[list[int | float]]]:
+    """Columns and rows of a view's numbers: a row per level and picture."""
+    several, scored = len(view.prompts) > 1, view.clean.reward is not None
+    columns = [*(["picture"] if several else []), "level", "entry", "from", "to", "predicted share"]
+    columns += ["recovered dB", "one step dB", "recovered detail", "one step detail"]
+    columns += ["recovered reward", "one step reward", "clean reward"] if scored else []
+    rows = []
+    for level in view.levels:
+        for i in range(len(view.prompts)):
+            ways = level.recovered, level.one_step
+            row = [i + 1] if several else []
+            row += [level.level, level.entry.index, round(level.step.sigma, 6), round(level.step.sigma_next, 6)]
+            row += [round(level.share, 4), *(round(way.psnr[i], 2) for way in ways)]
+            row += [round(way.detail[i], 4) for way in ways]
+            row += [round(way.reward[i], 6) for way in (*ways, view.clean) if way.reward is not None]
+            rows.append(row)
+    return columns, rows
+
+
+def finding(view: AlignView) -> str:
+    """In words: where either way gives clean pictures, and which settings make a training range of these levels."""
+    clean = {way: [one for one in view.levels if _mean(getattr(one, way).psnr) >= CLEAN] for way in WAYS}
+    start, end = default_range()
+    lines = [
+        f"Training sees a clean picture ({CLEAN:g} dB and more, mean of the pictures) {_at(clean['recovered'])}.",
+        f"One-step prediction gives one {_at(clean['one_step'])}.",
+    ]
+    entries = [level.entry.index for level in clean["recovered"]]
+    if entries and min(entries) < max(entries):
+        settings = f"align.range_start={min(entries)} align.range_end={max(entries)}"
+        lines.append(f"As a training range, the levels where training sees a clean picture are {settings}.")
+    lines.append(
+        f"Entries are of the {len(schedule()) - 1}-step schedule with shift {_default(RolloutConfig, 'shift'):g}; the"
+        f" published range for FLUX.1-dev goes from {start.index} (level {start.sigma:.4g}) to {end.index}"
+        f" ({end.sigma:.4g})."
+    )
+    return " ".join(lines)
+
+
+def _at(levels: Sequence[LevelView]) -> str:
+    return "at " + ", ".join(f"{level.level:g}" for level in levels) if levels else "at none of these levels"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -135,8 +135,8 @@ _ENTRIES = (
         "srpo", "the SRPO authors' FLUX.1-dev, trained with HPS v2.1 (transformer in float32)",
         f"SRPO academic use only, and {FLUX_DEV_LICENCE}", False, "model.transformer",
         (
-            File("tencent/SRPO", "diffusion_pytorch_model.safetensors", "diffusion_models/srpo-flux1-dev.safetensors",
-                 size=47_600_000_000),
+            File("tencent/SRPO", "diffusion_pytorch_model.safetensors",
+                 "diffusion_models/SRPO/diffusion_pytorch_model.safetensors", size=47_600_000_000),
         ),
     ),
     Entry(

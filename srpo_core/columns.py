@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from srpo_core.errors import NotFiniteError
 from srpo_core.interfaces import Measure, Reward
 from srpo_core.preference import ControlWords, liked_less_disliked, wording
 
@@ -30,12 +31,15 @@ def score_columns(
     reward: Reward,
     images: Tensor,
     prompts: Sequence[str],
-    words: ControlWords,
+    words: ControlWords | None,
     contrast: tuple[str, str] | None = None,
     measures: Mapping[str, Measure] | None = None,
 ) -> dict[str, Tensor]:
-    """Every column of images [B, 3, H, W] in [0, 1] for B prompts, each [B]; the reward is called once."""
-    every = list(dict.fromkeys([*words.liked, *words.disliked]))
+    """Every column of images [B, 3, H, W] in [0, 1] for B prompts, each [B]; the reward is called once.
+
+    Without `words` there are no columns of them: neither "relative" nor "word:<word>".
+    """
+    every = list(dict.fromkeys([*words.liked, *words.disliked])) if words is not None else []
     asked = list(dict.fromkeys([*every, *(contrast or ())]))
     texts = [*prompts, *(wording(word, prompt) for word in asked for prompt in prompts)]
     parts = reward.each(images, texts) if hasattr(reward, "each") else {}
@@ -44,7 +48,8 @@ def score_columns(
     by_word = dict(zip(asked, worded, strict=True))
     columns = {"reward": plain}
     columns |= {f"{PART}{name}": part.float()[: len(prompts)] for name, part in parts.items()}
-    columns["relative"] = liked_less_disliked(by_word, words)
+    if words is not None:
+        columns["relative"] = liked_less_disliked(by_word, words)
     if contrast is not None:
         columns["sgp"] = by_word[contrast[0]] - by_word[contrast[1]]
     columns |= {f"{WORD}{word}": by_word[word] for word in every}
@@ -54,6 +59,14 @@ def score_columns(
 def is_detail(name: str) -> bool:
     """Whether a column is a part of another: one word's, or one reward's of a mixture."""
     return ":" in name or "/" in name
+
+
+def require_finite(scores: Mapping[str, Sequence[float]], pictures: Sequence[str]) -> None:
+    """NotFiniteError names the first of `pictures` with a score that is no finite number."""
+    for i, picture in enumerate(pictures):
+        for name, values in scores.items():
+            if not math.isfinite(values[i]):
+                raise NotFiniteError(f"{picture}: its {name} is no finite number (NaN or infinite)")
 
 
 def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:

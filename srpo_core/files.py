@@ -42,14 +42,14 @@ def nearest_existing(path: Path) -> Path:
     return next(one for one in (path, *path.absolute().parents) if one.exists())
 
 
-def check_writable(folder: Path, setting: str) -> None:
+def check_writable(folder: Path, setting: str, way_out: str = "name another folder") -> None:
     """Make a folder and write to it, before long work. ConfigError that names `setting` if that can't be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"{setting}: {folder} can't be written to ({error.strerror}); name another folder") from error
+        raise ConfigError(f"{setting}: {folder} can't be written to ({error.strerror}); {way_out}") from error
 
 
 def fingerprint(path: Path) -> str:

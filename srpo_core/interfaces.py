@@ -94,7 +94,8 @@ class TextEncoder(Protocol):
 class Reward(Protocol):
     """A score of images for texts: higher is better, differentiable in the images, ignorant of SRPO.
 
-    One that doesn't read the texts says so: `reads_prompts = False`.
+    One that doesn't read the texts says so: `reads_prompts = False`. One with weights has all of them in `module`, an
+    nn.Module: moved to another device, the reward works there.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,21 @@ from srpo_core.catalogue import CATALOGUE, Entry, File
 
 _ALIASES = {"diffusion_models": ("unet",), "text_encoders": ("clip",)}
 """Older names of ComfyUI's folders, which it still reads."""
+_ASKED: ContextVar[Callable[[str], Sequence[str | Path]] | None] = ContextVar("ComfyUI's folders", default=None)
+"""What names ComfyUI's folders for a kind of models, where a running ComfyUI is asked."""
+
+
+@contextlib.contextmanager
+def folders_from(lookup: Callable[[str], Sequence[str | Path]]) -> Iterator[None]:
+    """Inside the context, ComfyUI's folders for a kind of models ("vae") are what `lookup` returns for it.
+
+    A running ComfyUI knows them best: its command line may have moved them.
+    """
+    token = _ASKED.set(lookup)
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
 
 
 def comfyui_root() -> Path | None:
@@ -64,17 +82,29 @@ def find(name: str) -> Path | None:
     ComfyUI's folders come before the Hugging Face cache. Nothing is opened.
     """
     entry = CATALOGUE[name]
+    return _in_folders(entry, comfyui_folders) or in_cache(entry)
+
+
+def comfyui_folders(kind: str) -> list[Path]:
+    """Folders in which ComfyUI looks for models of a kind, there or not; none if no ComfyUI is known."""
+    lookup = _ASKED.get()
+    if lookup is not None:
+        return [Path(folder) for folder in lookup(kind)]
     root = comfyui_root()
-    return (in_comfyui(entry, root) if root is not None else None) or in_cache(entry)
+    return model_folders(root, kind) if root is not None else []
 
 
 def in_comfyui(entry: Entry, root: Path) -> Path | None:
-    """An entry's file, or folder, in ComfyUI's folders; None unless all of it is there."""
+    """An entry's file, or folder, in the folders of ComfyUI at `root`; None unless all of it is there."""
+    return _in_folders(entry, functools.partial(model_folders, root))
+
+
+def _in_folders(entry: Entry, folders_for: Callable[[str], Sequence[Path]]) -> Path | None:
     files = [file for file in entry.files if file.place is not None]
     if not files:
         return None
     kind = str(files[0].place).split("/")[0]
-    for folder in model_folders(root, kind):
+    for folder in folders_for(kind):
         places = [_placed(folder, file) for file in files]
         if all(places):
             first = places[0][0]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -74,6 +75,11 @@ def score_images(
 def to_pil(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] as a picture."""
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def from_pil(picture: Image.Image) -> Tensor:
+    """A picture as [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def contact_sheet(images: Tensor, captions: Sequence[str], columns: int = 4, least_width: int = 192) -> Image.Image:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from srpo_core.columns import means, score_columns
+from srpo_core.columns import means, require_finite, score_columns
 from srpo_core.config import ModelConfig, ParallelConfig, RewardConfig
 from srpo_core.description import make_config
-from srpo_core.errors import NotFiniteError
 from srpo_core.models import load_model
 from srpo_core.parallel import make_world
 from srpo_core.preference import ControlWords
@@ -70,10 +68,9 @@ def score_pictures(
         prompts = [picture.prompt for picture, _ in batch]
         columns = score_columns(reward, images, prompts, words, settings.contrast, measures)
         numbers = {name: values.tolist() for name, values in columns.items()}
+        require_finite(numbers, [str(picture.path) for picture, _ in batch])
         for i, (picture, image) in enumerate(batch):
             scores = {name: values[i] for name, values in numbers.items()}
-            if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
-                raise NotFiniteError(f"{picture.path}: its {bad[0]} is no finite number (NaN or infinite)")
             rows.append({"file": str(picture.path), "prompt": picture.prompt, **scores})
             if on_image is not None:
                 on_image(picture, image)

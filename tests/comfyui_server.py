@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from comfyui_side import CHECKOUT
-
+CHECKOUT = os.environ.get("COMFYUI_PATH", "")
 PACK = Path(__file__).parents[1]
 NAME = "ComfyUI-SRPO"
 START_LIMIT = 180
@@ -59,8 +58,15 @@ class Result:
 class Server:
     """ComfyUI in a process of its own; its base directory holds models/, input/, output/ and custom_nodes/."""
 
-    def __init__(self, base: Path, arguments: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> None:
-        self.base, self.client = base, uuid.uuid4().hex
+    def __init__(
+        self,
+        base: Path,
+        arguments: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        device: tuple[str, ...] = ("--cpu",),
+        run_limit: float = RUN_LIMIT,
+    ) -> None:
+        self.base, self.client, self.run_limit = base, uuid.uuid4().hex, run_limit
         nodes = base / "custom_nodes"
         nodes.mkdir(parents=True, exist_ok=True)
         (base / "user").mkdir(exist_ok=True)  # ComfyUI's database lies there
@@ -70,7 +76,7 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [
-            sys.executable, str(Path(CHECKOUT).resolve() / "main.py"), "--cpu", "--listen", "127.0.0.1",
+            sys.executable, str(Path(CHECKOUT).resolve() / "main.py"), *device, "--listen", "127.0.0.1",
             "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes", "--preview-method", "auto",
             *arguments,
         ]  # fmt: skip
@@ -149,7 +155,7 @@ class Server:
         assert ready.wait(30), "no websocket"
         status, answer = self.post(graph)
         assert status == 200, answer
-        assert done.wait(RUN_LIMIT), f"not done in {RUN_LIMIT} s\n{self.log()[-3000:]}"
+        assert done.wait(self.run_limit), f"not done in {self.run_limit} s\n{self.log()[-3000:]}"
         thread.join(10)
         prompt_id = answer["prompt_id"]
         history = self._history(prompt_id)

@@ -15,6 +15,7 @@ from srpo_core.interfaces import Reward
 from srpo_core.preference import two_wordings
 from srpo_core.rewards import REWARDS, load_rewards
 from srpo_core.rewards.images import square
+from srpo_core.rewards.mixture import USUAL
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -64,9 +65,11 @@ def test_the_mixture_on_the_page_is_read(tmp_path):
 
 
 def test_every_reward_is_on_the_page_and_no_other():
-    overview, starts = (rows for rows in tables(PAGE))
+    overview, starts, usual = (rows for rows in tables(PAGE))
     assert {row["name"].strip("`") for row in overview} == set(REWARDS)
     assert {row["reward.name"].strip("`") for row in starts} == set(REWARDS) - {"miniature"}
+    spans = {row["reward.name"].strip("`"): (float(row["0"]), float(row["1"])) for row in usual}
+    assert spans == USUAL
     for preset in ("flux-dev", "flux-dev-pickscore"):
         reward = load_run(preset).reward
         (row,) = (row for row in starts if row["reward.name"] == f"`{reward.name}`")

@@ -10,8 +10,8 @@ from srpo_core.assemble import assemble
 from srpo_core.config import RewardConfig
 from srpo_core.interfaces import Reward
 from srpo_core.metrics import Clock, read_metrics
-from srpo_core.rewards import load_reward, load_rewards
-from srpo_core.rewards.mixture import MixedReward, WeightedReward, combined
+from srpo_core.rewards import REWARDS, load_reward, load_rewards
+from srpo_core.rewards.mixture import USUAL, MixedReward, WeightedReward, combined, comparable, joined
 
 PROMPTS = [f"{LIKED}. a cat", f"{DISLIKED}. a cat"]
 
@@ -130,3 +130,33 @@ def test_one_reward_records_no_parts(tmp_path):
     trainer = assemble(tiny_config(tmp_path))
     line = trainer.learner.step(1, Clock(lambda: None)).line()
     assert "scores" not in line and "rewards" not in line and set(line["score"]) == {"denoise", "inversion"}
+
+
+def test_a_mixture_of_mixtures_is_the_same_as_one_in_another():
+    """Value of the outer mixture: the mean, by weight, of the values of the inner ones."""
+    dot, bright = DotReward(), BrightnessReward()
+    first = [WeightedReward("dot", dot, 2.0), WeightedReward("bright", bright, 6.0, scale=0.05, offset=50.0)]
+    second = [WeightedReward("dot", dot, 5.0)]
+    parts = joined([(first, 1.0), (second, 3.0), (second, 0.0)])
+    assert [(part.name, part.weight) for part in parts] == [("dot", 0.25), ("bright", 0.75), ("dot#2", 3.0)]
+    inner = MixedReward(first)(images(), PROMPTS), MixedReward(second)(images(), PROMPTS)
+    assert torch.allclose(MixedReward(parts)(images(), PROMPTS), (inner[0] + 3 * inner[1]) / 4)
+
+
+@pytest.mark.parametrize(("weights", "said"), [([0.0, 0.0], "all weights"), ([1.0, -1.0], "0 or more")])
+def test_a_mixture_needs_a_weight(weights, said):
+    with pytest.raises(ValueError, match=said):
+        joined([([WeightedReward("dot", DotReward())], weight) for weight in weights])
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_comparable_values_are_0_to_1_where_a_reward_usually_is(name):
+    low, high = USUAL[name]
+    part = comparable(WeightedReward(f"{name}#2", DotReward()))
+    assert part.normalised(torch.tensor([low, (low + high) / 2, high])).tolist() == pytest.approx([0, 0.5, 1])
+
+
+def test_every_built_in_reward_has_a_usual_range_and_others_stay_as_they_are():
+    assert set(USUAL) == set(REWARDS)
+    own = WeightedReward("mine.py:load", DotReward())
+    assert comparable(own).normalised(torch.tensor([0.3])).tolist() == pytest.approx([0.3])

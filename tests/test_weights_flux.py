@@ -10,11 +10,13 @@ from flux_weights import DEV, TOY, header_only, original_shapes, random_tensors
 from safetensors.torch import save_file
 
 from srpo_core.config import ConfigError
+from srpo_core.lora import linear_shapes as modules_linear_shapes
 from srpo_core.models.flux_files import transformer_at
 from srpo_core.weights.flux_names import (
     BLOCKS,
     REST,
     diffusers_modules,
+    linear_shapes,
     original_module,
     rename,
     to_diffusers,
@@ -70,6 +72,7 @@ def test_full_size_shapes_fill_the_released_model_and_come_back(settings, tensor
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in model.state_dict().items()}
     assert sum(t.numel() for t in ours.values()) == (11_901_408_320 if settings["guidance"] else 11_891_178_560)
     assert {n: tuple(t.shape) for n, t in to_original(iter(ours.items()))} == shapes
+    assert linear_shapes(shapes) == modules_linear_shapes(model)
 
 
 def test_round_trips_are_exact_both_ways():

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from srpo_core.config import ConfigError
 from srpo_core.export.formats import DTYPES, Stream, cast, check_dtype, check_file, tensors_source, write
 from srpo_core.lora import ADAPTER
-from srpo_core.weights.lora_names import Lora, LoraLayer
+from srpo_core.weights.lora_names import Lora, LoraLayer, lora_tensors
 
 
 def trained_lora(parameters: Mapping[str, Tensor], alpha: float) -> Lora:
@@ -28,16 +27,6 @@ def trained_lora(parameters: Mapping[str, Tensor], alpha: float) -> Lora:
     if not sides:
         raise ConfigError("there is no LoRA among these weights")
     return Lora({layer: LoraLayer(s["lora_A"], s["lora_B"], alpha) for layer, s in sides.items()}, "the trained LoRA")
-
-
-def lora_tensors(lora: Lora) -> dict[str, Tensor]:
-    """A LoRA under the names that diffusers and ComfyUI read; readers scale by alpha / rank."""
-    tensors = {}
-    for name, layer in lora.layers.items():
-        tensors[f"transformer.{name}.alpha"] = torch.tensor(float(layer.alpha))
-        tensors[f"transformer.{name}.lora_A.weight"] = layer.down
-        tensors[f"transformer.{name}.lora_B.weight"] = layer.up
-    return tensors
 
 
 def write_lora(

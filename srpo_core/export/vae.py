@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from srpo_core.config import ConfigError
@@ -21,7 +20,7 @@ from srpo_core.export.formats import (
     write,
 )
 from srpo_core.models.flux import ImageAutoencoder
-from srpo_core.weights.autoencoder_names import FLUX_SCALE, FLUX_SHIFT
+from srpo_core.weights.autoencoder_names import FLUX_SCALE, FLUX_SHIFT, taesd_comfyui
 
 
 def vae_comfyui_tensors(autoencoder: ImageAutoencoder) -> dict[str, Tensor]:
@@ -47,15 +46,7 @@ def vae_comfyui_tensors(autoencoder: ImageAutoencoder) -> dict[str, Tensor]:
             "this autoencoder can't become a ComfyUI VAE: of small ones only the TAESD layout is known there; --format"
             " diffusers keeps it as it is"
         )
-    tensors = {
-        "vae_scale": torch.tensor(FLUX_SCALE / scale),
-        "vae_shift": torch.tensor(FLUX_SHIFT - shift * scale / FLUX_SCALE),
-    }
-    for name, tensor in weights.items():
-        side, _, index, rest = name.split(".", 3)
-        place = int(index) + (side == "decoder")  # ComfyUI's decoder counts its clamp as layer 0
-        tensors[f"taesd_{side}.{place}.{rest}"] = tensor
-    return tensors
+    return taesd_comfyui(weights, scale, shift)
 
 
 def export_vae(

@@ -138,7 +138,7 @@ def check_place(path: Path, overwrite: bool, sources: Iterable[Path] = ()) -> No
         raise ConfigError(f"{path} holds other files too; it is not overwritten")
 
 
-def check_space(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int, way_out: str = "choose another --out or a smaller --dtype") -> None:
     """ConfigError if the disk that `path` will lie on has less than `needed` bytes free.
 
     What an overwritten file takes is not counted as free: it stays until the new one is whole.
@@ -146,8 +146,8 @@ def check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(nearest_existing(path.parent)).free
     if free < needed:
         raise ConfigError(
-            f"{path} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free: make room, or choose"
-            " another --out or a smaller --dtype"
+            f"{path} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free: make room, or"
+            f" {way_out}"
         )
 
 

@@ -21,11 +21,11 @@ from srpo_core.models.flux import DTYPES, FluxFlow, ImageAutoencoder, load_modul
 from srpo_core.models.flux_files import autoencoder_at, transformer_at
 from srpo_core.rewards.clip import ClipReward, TransformersClip
 
+from . import WEIGHTS
 from .captions import MAX_TOKENS, VOCABULARY, random_scenes, tokenize
 from .judge import Judge, JudgeMeasures
 from .looks import look
 
-WEIGHTS = Path(__file__).with_name("weights")
 SIZE = 128
 """Side of the pictures that the models were trained on, in pixels."""
 WIDTH = 192

@@ -15,7 +15,7 @@ from srpo_core.errors import blamed_on
 from srpo_core.interfaces import Reward
 from srpo_core.registry import resolve
 
-from .mixture import WeightedReward, combined
+from .mixture import WeightedReward, combined, numbered
 
 REWARDS = {
     "hpsv2": "srpo_core.rewards.hpsv2:load",
@@ -51,8 +51,7 @@ def load_rewards(config: RewardConfig, device: torch.device | str) -> list[Weigh
         with blamed_on(f"loading the reward (reward.name={one.name!r})"):
             reward = load(one, device)
         label = re.split(r"[\\/]", one.name)[-1]  # of a user's own file.py:function, without its folders
-        count = sum(other.name.split("#")[0] == label for other in rewards)
-        name = f"{label}#{count + 1}" if count else label
+        name = numbered(label, rewards)
         rewards.append(WeightedReward(name, reward, one.weight, one.margin, one.scale, one.offset))
     return rewards
 

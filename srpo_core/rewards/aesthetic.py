@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from srpo_core import places
@@ -38,6 +38,7 @@ class Aesthetic:
 
     def __init__(self, clip: Clip, head: ScoreHead, fit: Fit = "crop") -> None:
         self.clip, self.head, self.fit = clip, head.requires_grad_(False).eval(), fit
+        self.module = nn.ModuleList([clip.module, head])
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] and n * B prompts, which are not read -> [n * B]; prompt i belongs to i % B."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
@@ -25,6 +25,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 class Clip(Protocol):
     """Two towers into one space. Frozen; the image tower is differentiable in the images."""
 
+    module: nn.Module
+    """All of its weights."""
     logit_scale: float
     """The learned factor on cosines, already exponentiated."""
 
@@ -98,13 +100,15 @@ class ClipReward:
 
     def __init__(self, clip: Clip, fit: Fit = "crop", scale: float = 1.0) -> None:
         self.clip, self.fit, self.scale = clip, fit, scale
+        self.module = clip.module
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] and n * B prompts -> [n * B]; prompt i belongs to image i % B."""
         if not len(images) or len(prompts) % len(images):
             raise ValueError(f"{len(prompts)} prompts don't divide among {len(images)} images")
         image = F.normalize(self.clip.image_features(images, self.fit), dim=-1)
-        text = F.normalize(self.clip.text_features(prompts), dim=-1)
+        texts = {text: i for i, text in enumerate(dict.fromkeys(prompts))}  # the same one for many pictures is common
+        text = F.normalize(self.clip.text_features(list(texts)), dim=-1)[[texts[prompt] for prompt in prompts]]
         return (image.repeat(len(prompts) // len(images), 1) * text).sum(-1) * self.scale
 
 

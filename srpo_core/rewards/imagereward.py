@@ -39,7 +39,7 @@ class ImageReward:
     def __init__(
         self, network: BlipScore, tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]], fit: Fit = "crop"
     ) -> None:
-        self.network = network.requires_grad_(False).eval()
+        self.network = self.module = network.requires_grad_(False).eval()
         self.tokenize, self.fit = tokenize, fit
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

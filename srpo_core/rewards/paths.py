@@ -25,10 +25,9 @@ def reward_path(config: RewardConfig | MoreReward, entry: str) -> tuple[Path, st
     found = places.find(entry)
     if found is not None:
         return found, setting
-    repository, root = CATALOGUE[entry].repository, places.comfyui_root()
-    where = f"{root / 'models' / REWARDS_FOLDER} or " if root is not None else ""
-    beside = "" if root is not None else " (nor is there a ComfyUI: COMFYUI_PATH may name its folder)"
+    folders = places.comfyui_folders(REWARDS_FOLDER)
+    beside = "" if folders else " (nor is there a ComfyUI: COMFYUI_PATH may name its folder)"
+    where = " or ".join([*map(str, folders), f"the Hugging Face cache ({CATALOGUE[entry].repository})"])
     raise ConfigError(
-        f"{setting} is not set, and {where}the Hugging Face cache ({repository}) holds no weights of the reward"
-        f" {config.name!r}{beside}; {hint(entry)}"
+        f"{setting} is not set, and {where} holds no weights of the reward {config.name!r}{beside}; {hint(entry)}"
     )

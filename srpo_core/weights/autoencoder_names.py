@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .fp8 import dequantised
 from .loading import Stream
@@ -82,6 +83,23 @@ def _taesd(name: str) -> str:
     if not found:
         return name
     return f"{found[1]}.layers.{int(found[2]) - (found[1] == 'decoder')}.{found[3]}"
+
+
+def taesd_comfyui(weights: Mapping[str, Tensor], scale: float, shift: float) -> dict[str, Tensor]:
+    """A tiny autoencoder's tensors under ComfyUI's names, from diffusers'.
+
+    Its latents are (the encoder's - shift) * scale. `vae_scale` and `vae_shift` beside them make ComfyUI's FLUX models,
+    which apply FLUX's own scale and shift, get just these.
+    """
+    tensors = {
+        "vae_scale": torch.tensor(FLUX_SCALE / scale),
+        "vae_shift": torch.tensor(FLUX_SHIFT - shift * scale / FLUX_SCALE),
+    }
+    for name, tensor in weights.items():
+        side, _, index, rest = name.split(".", 3)
+        place = int(index) + (side == "decoder")  # ComfyUI's decoder counts its clamp as layer 0
+        tensors[f"taesd_{side}.{place}.{rest}"] = tensor
+    return tensors
 
 
 def autoencoder_config(file: TensorFile, contents: Contents) -> tuple[str, dict[str, Any]]:

@@ -139,6 +139,12 @@ def rename(stream: Stream) -> Stream:
             yield f"{part}.{'weight' if kind == 'scale' else kind}", piece
 
 
+def linear_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """[out, in] of a transformer's matrices by diffusers' module paths, from its tensors' original names and shapes."""
+    outline = ((name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
+    return {name.removesuffix(".weight"): tuple(t.shape) for name, t in rename(outline) if t.ndim == 2}
+
+
 def swap_halves(tensor: Tensor) -> Tensor:
     """Rows [shift, scale] <-> [scale, shift]."""
     first, second = tensor.chunk(2)

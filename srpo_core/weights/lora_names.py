@@ -123,6 +123,16 @@ def check_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
             )
 
 
+def lora_tensors(lora: Lora) -> dict[str, Tensor]:
+    """A LoRA under the names that diffusers and ComfyUI read; readers scale by alpha / rank."""
+    tensors = {}
+    for name, layer in lora.layers.items():
+        tensors[f"transformer.{name}.alpha"] = torch.tensor(float(layer.alpha))
+        tensors[f"transformer.{name}.lora_A.weight"] = layer.down
+        tensors[f"transformer.{name}.lora_B.weight"] = layer.up
+    return tensors
+
+
 def _transformer_names(file: TensorFile) -> tuple[list[str], tuple[str, ...]]:
     """The file's names but those for text encoders, and a note about these."""
     kept = [name for name in file.info if not _TEXT_ENCODERS.match(name)]

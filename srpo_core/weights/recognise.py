@@ -60,6 +60,14 @@ class Contents:
     parts: Mapping[str, Contents] = field(default_factory=dict)
 
 
+class WrongPart(WeightsError):
+    """A file of weights holds something else than was asked for: `contents` says what."""
+
+    def __init__(self, file: TensorFile, setting: str, contents: Contents, reason: str, way_out: str) -> None:
+        super().__init__(setting, file.path, reason, way_out)
+        self.contents = contents
+
+
 def recognise(file: TensorFile) -> Contents:
     """What `file` holds, from its names and shapes."""
     if any(_LORA.search(name) for name in file.info):
@@ -97,7 +105,7 @@ def describe_file(path: Path | str) -> str:
 
 
 def require(file: TensorFile, part: str, setting: str) -> Contents:
-    """The contents of `file`, or of its part in a checkpoint. WeightsError saying what it is if it isn't `part`."""
+    """The contents of `file`, or of its part in a checkpoint. WrongPart saying what it is if it isn't `part`."""
     contents = recognise(file)
     if contents.part == part:
         return contents
@@ -106,13 +114,14 @@ def require(file: TensorFile, part: str, setting: str) -> Contents:
     wanted = WORDS[part]
     if contents.part == "checkpoint":
         holds = ", ".join(WORDS[name] for name in contents.parts)
-        raise WeightsError(setting, file.path, f"holds {holds}, but not {wanted}", f"name one in {SETTINGS[part]}")
+        raise WrongPart(file, setting, contents, f"holds {holds}, but not {wanted}", f"name one in {SETTINGS[part]}")
     if contents.part == "unknown":
         names = ", ".join(list(file.info)[:3])
         what = contents.detail or f"something that is not known here (it has {names[:200]}, ...)"
-        raise WeightsError(setting, file.path, f"is not {wanted}: it looks like {what}", f"name {wanted} instead")
+        reason = f"is not {wanted}: it looks like {what}"
+        raise WrongPart(file, setting, contents, reason, f"name {wanted} instead")
     reason = f"is {WORDS[contents.part]} ({describe(contents)}), not {wanted}"
-    raise WeightsError(setting, file.path, reason, f"it belongs into {SETTINGS[contents.part]}")
+    raise WrongPart(file, setting, contents, reason, f"it belongs into {SETTINGS[contents.part]}")
 
 
 def _contents(

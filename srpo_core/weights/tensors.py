@@ -96,6 +96,11 @@ class TensorFile:
     def __contains__(self, name: str) -> bool:
         return name in self.info
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that its tensors lie in, in order."""
+        return sorted({place.path for place in self._places.values()})
+
     def read(self, name: str) -> Tensor:
         """The tensor `name` in memory of its own, in its stored dtype. WeightsError if the file was cut meanwhile."""
         info, place = self.info[name], self._places[name]

@@ -1,0 +1,1 @@
+"""The graphs of workflows/, described by their nodes and wires."""

@@ -1,0 +1,131 @@
+"""Pictures of ComfyUI's page for the README: graphs that have really run, the template browser, a help page.
+
+    COMFYUI_PATH=~/ComfyUI python scripts/page_pictures.py [NAME ...]
+
+starts a server of its own and a headless Chromium, and writes scripts/results/page_NAME.jpg. About two minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from comfyui_page import ComfyPage, chromium, comfy_page, missing  # noqa: E402
+from comfyui_server import NAME, Server  # noqa: E402
+
+OUT = ROOT / "scripts" / "results"
+WIDTH = 1600
+"""Of the written pictures, in pixels."""
+FRAME = """(margin) => {
+  const boxes = app.graph.nodes.map((node) => node.getBounding());
+  const left = Math.min(...boxes.map((box) => box[0])) - margin, top = Math.min(...boxes.map((box) => box[1])) - margin;
+  const right = Math.max(...boxes.map((box) => box[0] + box[2])) + margin;
+  const bottom = Math.max(...boxes.map((box) => box[1] + box[3])) + margin;
+  const { width, height } = app.canvas.canvas.getBoundingClientRect();
+  app.canvas.ds.scale = Math.min((width - 60) / (right - left), (height - 60) / (bottom - top), 1);
+  app.canvas.ds.offset = [60 / app.canvas.ds.scale - left, 60 / app.canvas.ds.scale - top];
+  app.canvas.setDirty(true, true);
+  return [right - left, bottom - top].map((side) => side * app.canvas.ds.scale);
+}"""
+"""Puts all nodes below and right of the page's bars; returns the size of the graph on the screen."""
+
+
+def read(name: str) -> dict:
+    return json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def save(page: ComfyPage, name: str, clip: dict[str, float] | None = None) -> None:
+    shot = Image.open(io.BytesIO(page.page.screenshot(clip=clip))).convert("RGB")
+    if shot.width > WIDTH:
+        shot = shot.resize((WIDTH, round(shot.height * WIDTH / shot.width)), Image.Resampling.LANCZOS)
+    shot.save(OUT / f"page_{name}.jpg", quality=88, optimize=True)
+    print(OUT / f"page_{name}.jpg", shot.size)
+
+
+def graph(page: ComfyPage, name: str) -> None:
+    """A miniature graph with its results, as large as it is."""
+    page.load(read(f"{name}-miniature"))
+    end = page.run()
+    if end["type"] != "execution_success":
+        raise SystemExit(f"{name}: {end}")
+    page.settled()
+    width, height = page.page.evaluate(FRAME, 30)
+    page.settled()
+    page.page.locator("text=Job completed").first.wait_for(state="hidden", timeout=30_000)
+    save(
+        page, name, {"x": 0, "y": 0, "width": width + 90, "height": min(height + 90, page.page.viewport_size["height"])}
+    )
+
+
+def templates(page: ComfyPage) -> None:
+    page.command("Comfy.BrowseTemplates")
+    page.page.get_by_text(NAME, exact=True).click()
+    page.page.wait_for_function(
+        """() => [...document.querySelectorAll('[data-testid^="template-workflow-"] img')]
+          .every((image) => image.complete && image.naturalWidth && !image.src.includes("default"))"""
+    )
+    save(page, "templates")
+
+
+def help_page(page: ComfyPage) -> None:
+    page.load(read("align_preview-miniature"))
+    node = next(node for node in read("align_preview-miniature")["nodes"] if node["type"] == "SRPOAlignPreview")
+    page.page.evaluate(
+        """(id) => {
+          const node = app.graph.getNodeById(id);
+          app.canvas.ds.scale = 1;
+          app.canvas.ds.offset = [160 - node.pos[0], 260 - node.pos[1]];
+          app.canvas.draw(true, true);
+        }""",
+        node["id"],
+    )
+    page.settled()
+    page.page.mouse.click(260, 245)
+    page.page.locator('[data-testid="info-button"]').click()
+    page.page.locator(".node-help-content h1").wait_for()
+    save(page, "help")
+
+
+@contextlib.contextmanager
+def server() -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as base:
+        one = Server(Path(base))
+        try:
+            yield one.wait()
+        finally:
+            one.stop()
+
+
+PICTURES: dict[str, tuple[Callable[[ComfyPage], None], dict]] = {
+    "compare_lora": (lambda page: graph(page, "compare_lora"), {"size": (2400, 1400)}),
+    "align_preview": (lambda page: graph(page, "align_preview"), {"size": (2400, 1400)}),
+    "best_of_n": (lambda page: graph(page, "best_of_n"), {"size": (2400, 1400)}),
+    "score_images": (lambda page: graph(page, "score_images"), {"size": (2400, 1500), "vue_nodes": True}),
+    "templates": (templates, {"size": (1500, 950)}),
+    "help": (help_page, {"size": (1500, 950)}),
+}
+"""What is drawn, and on which page."""
+
+
+def main(names: list[str]) -> None:
+    if reason := missing():
+        raise SystemExit(f"no page: {reason}")
+    with server() as running, chromium() as browser:
+        for name in names or PICTURES:
+            draw, how = PICTURES[name]
+            with comfy_page(browser, running, **how) as page:
+                draw(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
