@@ -108,8 +108,7 @@ class HeldReward:
                 raise
             self.patcher = self._patcher(CPU)
             logging.warning("SRPO: the reward %s found no room on the GPU and scores on the CPU", self.name)
-        if self.device == CPU:
-            management.load_models_gpu([self.patcher])
+            management.load_models_gpu([self.patcher], force_full_load=True)
         return self.device
 
     def unload(self) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 import latent_preview
 import torch
@@ -41,6 +42,7 @@ class Progress:
 
     def step(self, denoised: Tensor | None = None, count: int = 1) -> None:
         """`count` more are done; the first of the predicted clean latents [B, C, h, w] is shown. May interrupt."""
+        comfy.model_management.throw_exception_if_processing_interrupted()  # the bar only asks when it sends
         self.done += count
         preview = None
         if self.previewer is not None and denoised is not None:

@@ -32,8 +32,8 @@ FRAME = """(margin) => {
   const right = Math.max(...boxes.map((box) => box[0] + box[2])) + margin;
   const bottom = Math.max(...boxes.map((box) => box[1] + box[3])) + margin;
   const { width, height } = app.canvas.canvas.getBoundingClientRect();
-  app.canvas.ds.scale = Math.min((width - 60) / (right - left), (height - 60) / (bottom - top), 1);
-  app.canvas.ds.offset = [60 / app.canvas.ds.scale - left, 60 / app.canvas.ds.scale - top];
+  app.canvas.ds.scale = Math.min((width - 60) / (right - left), (height - 120) / (bottom - top), 1);
+  app.canvas.ds.offset = [60 / app.canvas.ds.scale - left, 120 / app.canvas.ds.scale - top];
   app.canvas.setDirty(true, true);
   return [right - left, bottom - top].map((side) => side * app.canvas.ds.scale);
 }"""
@@ -63,7 +63,9 @@ def graph(page: ComfyPage, name: str) -> None:
     page.settled()
     page.page.locator("text=Job completed").first.wait_for(state="hidden", timeout=30_000)
     save(
-        page, name, {"x": 0, "y": 0, "width": width + 90, "height": min(height + 90, page.page.viewport_size["height"])}
+        page,
+        name,
+        {"x": 0, "y": 0, "width": width + 90, "height": min(height + 150, page.page.viewport_size["height"])},
     )
 
 
@@ -78,21 +80,25 @@ def templates(page: ComfyPage) -> None:
 
 
 def help_page(page: ComfyPage) -> None:
-    page.load(read("align_preview-miniature"))
-    node = next(node for node in read("align_preview-miniature")["nodes"] if node["type"] == "SRPOAlignPreview")
+    """A node with its results, and its help beside it."""
+    workflow = read("score_images-miniature")
+    page.load(workflow)
+    page.run()
+    node = next(node for node in workflow["nodes"] if node["type"] == "SRPORelativeScore")
     page.page.evaluate(
         """(id) => {
           const node = app.graph.getNodeById(id);
-          app.canvas.ds.scale = 1;
-          app.canvas.ds.offset = [160 - node.pos[0], 260 - node.pos[1]];
+          app.canvas.ds.scale = 1.2;
+          app.canvas.ds.offset = [250 - node.pos[0], 180 - node.pos[1]];
           app.canvas.draw(true, true);
         }""",
         node["id"],
     )
     page.settled()
-    page.page.mouse.click(260, 245)
+    page.page.mouse.click(400, 200)  # its title
     page.page.locator('[data-testid="info-button"]').click()
     page.page.locator(".node-help-content h1").wait_for()
+    page.settled()
     save(page, "help")
 
 

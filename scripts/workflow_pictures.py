@@ -87,18 +87,17 @@ RESULTS: dict[str, Callable[[Pictures], Image.Image]] = {
 
 
 def map_of(name: str) -> Image.Image:
-    """A graph's name, its frames, nodes and wires, and what the frames are called."""
+    """A graph's frames, nodes and wires, and what the frames are called; the browser's badge covers the upper left."""
     workflow = read(name)
     card = Image.new("RGB", (SIDE, SIDE), PAPER)
     pen = ImageDraw.Draw(card)
-    pen.text((24, 22), name, INK, font(36, name))
-    pen.text((24, 68), "for FLUX.1-dev", "#9a9ca5", font(20, name))
-    bottom = _draw_graph(pen, workflow, 112)
+    pen.text((SIDE - 24, 28), "FLUX.1-dev", INK, font(30), anchor="ra")
+    bottom = _draw_graph(pen, workflow, 92)
     for i, frame in enumerate(workflow["groups"][1:]):
         title = frame["title"].partition("  (")[0]
-        y = bottom + 24 + 31 * i
-        pen.rectangle((24, y + 3, 38, y + 17), frame["color"])
-        pen.text((50, y), title, INK, font(19, title))
+        y = bottom + 22 + 35 * i
+        pen.rectangle((24, y + 4, 42, y + 22), frame["color"])
+        pen.text((54, y), title, INK, font(20, title))
     return card
 
 
@@ -106,10 +105,12 @@ def _draw_graph(pen: ImageDraw.ImageDraw, workflow: dict, top: float) -> float:
     """Draw frames, wires and nodes below `top`, as large as fits; where they end."""
     frames = [group["bounding"] for group in workflow["groups"]]
     height = max(y + height for _, y, _, height in frames)
-    scale = min((SIDE - 32) / max(x + width for x, _, width, _ in frames), MAP_HEIGHT / height)
+    width = max(x + width for x, _, width, _ in frames)
+    scale = min((SIDE - 32) / width, MAP_HEIGHT / height)
+    left = (SIDE - width * scale) / 2
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return 16 + x * scale, top + y * scale
+        return left + x * scale, top + y * scale
 
     for group in workflow["groups"]:
         x, y, w, h = group["bounding"]

@@ -28,8 +28,8 @@ QUEUE = """async () => {
   window.srpoEnd = undefined;
   for (const type of ["execution_success", "execution_error", "execution_interrupted"])
     app.api.addEventListener(type, ({ detail }) => (window.srpoEnd ??= { type, detail }), { once: true });
-  const queued = await app.queuePrompt(0, 1);
-  if (queued === false) window.srpoEnd = { type: "refused", detail: app.lastNodeErrors };
+  await app.queuePrompt(0, 1);
+  if (Object.keys(app.lastNodeErrors ?? {}).length) window.srpoEnd = { type: "refused", detail: app.lastNodeErrors };
 }"""
 RESULTS = """(id) => {
   const element = app.graph.getNodeById(id)?.widgets?.find((widget) => widget.name === "srpo_results")?.element;

@@ -18,7 +18,7 @@ const STYLE = `
 .srpo button { font: inherit; color: inherit; background: none; border: 0; padding: 0; margin: 0; cursor: pointer; }
 .srpo header button { flex: none; font-weight: 400; color: var(--descrip-text); }
 .srpo button:hover, .srpo button:focus-visible { color: var(--input-text); text-decoration: underline; }
-.srpo table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.srpo table { border-collapse: collapse; font-variant-numeric: tabular-nums; align-self: flex-start; }
 .srpo table:has(.long) { width: 100%; }
 .srpo th, .srpo td { padding: 1px 10px 1px 0; text-align: left; white-space: nowrap; font-weight: 400; }
 .srpo td { border-top: 1px solid var(--border-color); overflow: hidden; text-overflow: ellipsis; max-width: 320px; }
@@ -152,8 +152,7 @@ function addResults(node) {
 
 /** Show a run's tables and texts under a node, in place of what was there. */
 function show(node, output) {
-  const texts = output?.text ?? [];
-  const tables = output?.srpo_table ?? [];
+  const [texts, tables] = [output?.text, output?.srpo_table].map((given) => [given ?? []].flat());
   let widget = node.widgets?.find((other) => other.name === WIDGET);
   if (!widget && !texts.length && !tables.length) return;
   widget ??= addResults(node);

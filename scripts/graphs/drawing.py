@@ -54,6 +54,7 @@ def best_of_n(graph: Graph, world: World) -> None:
     start_here(graph, height=320 if world.miniature else 500)
     graph.group("1  Models", GREEN)
     model, clip, vae = world.models(graph)
+    world.beside_loaders(graph)
     reward = world.load_reward(graph)
     graph.group("2  Prompt, size, number of drafts", BLUE)
     text = world.prompt(

@@ -21,7 +21,7 @@ TITLE, SLOT, WIDGET, BOTTOM, BADGE = 30, 20, 28, 14, 24
 """Pixels: a node's title bar, one socket, one widget, the space below, the badge under nodes that aren't ComfyUI's."""
 ROOM = {
     "SRPOLoadCheckpoint": 90, "SRPOLoadLoRA": 70, "SRPOLoadReward": 70,
-    "SRPOSampler": 240, "SamplerCustomAdvanced": 220, "BatchImagesNode": 14,
+    "SRPOSampler": 240, "SamplerCustomAdvanced": 220, "BatchImagesNode": 24,
 }  # fmt: skip
 """Pixels for what a node shows below its widgets: words, or the picture as it comes about."""
 GAP, COLUMN_GAP, PADDING, GROUP_GAP, GROUP_TITLE = 24, 44, 22, 60, 40

@@ -16,6 +16,7 @@ from .world import (
     decode,
     encode,
     prompt_box,
+    save,
     start_here,
 )
 
@@ -40,7 +41,7 @@ def score_images(graph: Graph, world: World) -> None:
     graph.column()
     mixed = graph.add("SRPOMixRewards", {"reward_1": reward, "reward_2": other}, width=320).out()
     graph.column()
-    graph.add("SRPOScoreImages", {**shared, "reward": mixed}, width=460, height=560)
+    graph.add("SRPOScoreImages", {**shared, "reward": mixed}, width=460, height=620)
 
 
 def _own_pictures(graph: Graph) -> tuple[Wire, Wire]:
@@ -75,6 +76,7 @@ def align_preview(graph: Graph, world: World) -> None:
     start_here(graph, height=420 if world.miniature else 560)
     graph.group("1  Models", GREEN)
     model, clip, vae = world.models(graph, file=FLUX)
+    world.beside_loaders(graph)
     reward = world.load_reward(graph)
     graph.group("2  A picture as training draws it", BLUE)
     text = world.prompt("A red fox sleeps in fallen leaves, morning light, photograph",
@@ -101,6 +103,7 @@ def compare_lora(graph: Graph, world: World) -> None:
     start_here(graph, height=360 if world.miniature else 520)
     graph.group("1  Models", GREEN)
     model, clip, vae = world.models(graph, file=FLUX)
+    world.beside_loaders(graph)
     lora = BUILT_IN_LORA if world.miniature else LORA_FILE
     with_lora = graph.add("SRPOLoadLoRA", {"model": model, "lora": lora, "strength": 1.0}, width=360).out()
     reward = world.load_reward(graph)
@@ -114,13 +117,12 @@ def compare_lora(graph: Graph, world: World) -> None:
     given = {"model_a": model, "model_b": with_lora, "positive": positive, "vae": vae, "latent": latent, "seed": 3,
              "steps": 25 if world.miniature else STEPS, "label_a": "without", "label_b": "with LoRA", "reward": reward,
              "prompt": prompt}  # fmt: skip
-    pairs = graph.add("SRPOCompare", given, width=620, height=900)
-    graph.column()
-    folder = {"filename_prefix": f"{world.saves}/compare"}
-    graph.add("SaveImage", {"images": pairs.out("side_by_side"), **folder}, width=520, height=560)
+    pairs = graph.add("SRPOCompare", given, width=620, height=1060)
     graph.row()
     graph.group("4  Which words each leans to", VIOLET)
     for side, title in (("images_a", "Without the LoRA"), ("images_b", "With the LoRA")):
         graph.column()
         given = {"reward": reward, "images": pairs.out(side), "prompt": prompt}
-        graph.add("SRPORelativeScore", given, title=f"{title} (SRPO Relative Score)", width=480, height=740)
+        graph.add("SRPORelativeScore", given, title=f"{title} (SRPO Relative Score)", width=480, height=830)
+    graph.group("5  Keep the pairs", GREEN)
+    save(graph, pairs.out("side_by_side"), world, "compare", width=520, height=560)

@@ -75,6 +75,11 @@ class World:
         given = {"width": width, "height": height, "batch_size": batch}
         return graph.add("EmptySD3LatentImage", given, title="Size and number", width=340).out()
 
+    def beside_loaders(self, graph: Graph) -> None:
+        """What follows stands right of the loaders where these are many, below them where they are one."""
+        if not self.miniature:
+            graph.column()
+
     def load_reward(self, graph: Graph, name: str | None = None) -> Wire:
         """A reward: the world's own, or another."""
         return graph.add("SRPOLoadReward", {"reward": name or self.reward}, width=320).out()

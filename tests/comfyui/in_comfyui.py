@@ -7,6 +7,7 @@ loaded), FOLDER/inputs.safetensors holds the tensors that both sides get. Writte
 report.json with what ComfyUI logged on the way (level and message).
 """
 
+import inspect
 import json
 import logging
 import sys
@@ -35,7 +36,9 @@ def velocity(job, inputs):
     patches = 0
     if "lora" in job:
         lora, metadata = comfy.utils.load_torch_file(job["lora"], safe_load=True, return_metadata=True)
-        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0.0, lora_metadata=metadata)
+        apply = comfy.sd.load_lora_for_models
+        told = {"lora_metadata": metadata} if "lora_metadata" in inspect.signature(apply).parameters else {}
+        patcher, _ = apply(patcher, None, lora, 1.0, 0.0, **told)  # as ComfyUI's own node of that version does
         patches = sum(len(changes) for changes in patcher.patches.values())
     comfy.model_management.load_models_gpu([patcher])
     if "saved" in job:

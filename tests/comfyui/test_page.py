@@ -16,6 +16,10 @@ SCORES = PACK / "workflows" / "score_images-miniature.json"
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"no page: {missing()}")
 
 
+SHOW = "([id, output]) => app.graph.getNodeById(id).onExecuted(output)"
+"""What ComfyUI does with the outputs that a node sends."""
+
+
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -165,9 +169,27 @@ def test_results_that_are_gone_are_not_shown(scored):
     """A second run that shows nothing takes the first one's table away."""
     page, tables = scored
     node = next(iter(tables))
-    page.page.evaluate("(id) => app.graph.getNodeById(id).onExecuted({})", node)
+    page.page.evaluate(SHOW, [node, {}])
     there = page.results(node)
     assert there["tables"] == [] and there["texts"] == []
+
+
+def test_the_wheel_zooms_until_results_are_clicked_on(scored):
+    """As over ComfyUI's own text boxes: with the focus in a long table it scrolls that."""
+    page, tables = scored
+    node = next(iter(tables))
+    table = {"title": "long", "columns": ["n"], "rows": [[i] for i in range(100)], "note": ""}
+    page.page.evaluate(SHOW, [node, {"srpo_table": [table]}])
+    page.look_at(node)
+    box = page.box(node)
+    box.hover()
+    page.page.mouse.wheel(0, -100)
+    page.page.wait_for_function("() => app.canvas.ds.scale > 1")
+    page.look_at(node)
+    box.click()
+    page.page.mouse.wheel(0, 100)
+    page.page.wait_for_function("(box) => box.scrollTop > 0", arg=box)
+    assert page.page.evaluate("app.canvas.ds.scale") == 1
 
 
 def test_texts_of_files_are_no_markup(scored):
@@ -175,10 +197,7 @@ def test_texts_of_files_are_no_markup(scored):
     page, tables = scored
     node, text = next(iter(tables)), "<img src=x onerror='window.broken = true'> & <b>bold</b>"
     table = {"title": text, "columns": [text], "rows": [[text], [None]], "note": text}
-    page.page.evaluate(
-        "([id, output]) => app.graph.getNodeById(id).onExecuted(output)",
-        [node, {"srpo_table": [table], "text": [text]}],
-    )
+    page.page.evaluate(SHOW, [node, {"srpo_table": [table], "text": [text]}])
     there = page.results(node)
     assert (there["titles"], there["texts"], there["notes"]) == ([text], [text], [text])
     assert there["tables"] == [{"columns": [text], "rows": [[text], [""]]}]
@@ -192,8 +211,7 @@ def cards(clean):
     clean.command("Comfy.BrowseTemplates")
     clean.page.get_by_text(NAME, exact=True).click()
     yield cards
-    clean.page.keyboard.press("Escape")
-    cards.first.wait_for(state="detached")
+    clean.reload()
 
 
 def test_the_template_browser_lists_every_graph_with_its_picture(clean, cards):

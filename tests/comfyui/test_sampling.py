@@ -153,7 +153,7 @@ def test_an_interrupt_stops_within_a_second(server):
     times = {}
 
     def watch(event):
-        if event["type"] == "progress" and event["data"]["value"] == 2:
+        if event["type"] == "progress" and event["data"]["value"] >= 2 and not times:
             times["asked"] = time.monotonic()
             server.interrupt()
         if event["type"] == "execution_interrupted":

@@ -294,4 +294,5 @@ def test_the_snapshot_of_nodes_is_this_servers(server):
         else:
             saved = [(entry.name, entry.type, entry.widget, entry.extra) for entry in known.inputs]
             assert [(entry.name, entry.type, entry.widget, entry.extra) for entry in there.inputs] == saved
-            assert [output.type for output in there.outputs] == [output.type for output in known.outputs]
+            outputs = [output.type for output in there.outputs]
+            assert outputs == [output.type for output in known.outputs][: len(outputs)]  # newer ComfyUIs appended some
