@@ -244,9 +244,9 @@ def verdict(decibels: float) -> str:
 def table(view: AlignView) -> tuple[list[str], list[list[int | float]]]:
     """Columns and rows of a view's numbers: a row per level and picture."""
     several, scored = len(view.prompts) > 1, view.clean.reward is not None
-    columns = [*(["picture"] if several else []), "level", "entry", "from", "to", "predicted share"]
+    columns = [*(["picture"] if several else []), "level", "entry", "from", "to", "predicted"]
     columns += ["recovered dB", "one step dB", "recovered detail", "one step detail"]
-    columns += ["recovered reward", "one step reward", "clean reward"] if scored else []
+    columns += ["recovered reward", "one step reward"] if scored else []
     rows = []
     for level in view.levels:
         for i in range(len(view.prompts)):
@@ -255,7 +255,7 @@ def table(view: AlignView) -> tuple[list[str], list[list[int | float]]]:
             row += [level.level, level.entry.index, round(level.step.sigma, 6), round(level.step.sigma_next, 6)]
             row += [round(level.share, 4), *(round(way.psnr[i], 2) for way in ways)]
             row += [round(way.detail[i], 4) for way in ways]
-            row += [round(way.reward[i], 6) for way in (*ways, view.clean) if way.reward is not None]
+            row += [round(way.reward[i], 6) for way in ways if way.reward is not None]
             rows.append(row)
     return columns, rows
 
@@ -268,6 +268,8 @@ def finding(view: AlignView) -> str:
         f"Training sees a clean picture ({CLEAN:g} dB and more, mean of the pictures) {_at(clean['recovered'])}.",
         f"One-step prediction gives one {_at(clean['one_step'])}.",
     ]
+    if view.clean.reward is not None:
+        lines.append(f"The clean pictures' mean reward is {_mean(view.clean.reward):.4g}.")
     entries = [level.entry.index for level in clean["recovered"]]
     if entries and min(entries) < max(entries):
         settings = f"align.range_start={min(entries)} align.range_end={max(entries)}"

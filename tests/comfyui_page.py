@@ -18,7 +18,7 @@ FLAGS = (
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False,
-    "Comfy.RightSidePanel.IsOpen": False,
+    "Comfy.RightSidePanel.IsOpen": False, "Comfy.Workflow.ShowMissingModelsWarning": False,
 }  # fmt: skip
 """Of a user who has been here before: no dialogue opens by itself."""
 START_LIMIT, RUN_LIMIT = 120_000, 300_000
@@ -113,6 +113,10 @@ class ComfyPage:
     def results(self, node: int | str) -> dict[str, Any] | None:
         """Tables and texts that stand under a node; None if there is nothing."""
         return self.page.evaluate(RESULTS, node)
+
+    def expect_results(self, node: int | str) -> None:
+        """Until something stands under a node."""
+        self.page.wait_for_function(f"(id) => ({RESULTS})(id)", arg=node)
 
     def box(self, node: int | str) -> Any:
         """The element with a node's tables and texts."""

@@ -154,11 +154,12 @@ def test_the_reward_reads_every_picture_once_and_each_score_stands_at_its_pictur
         for way in (level.recovered, level.one_step, view.clean):
             assert way.reward == pytest.approx(reward(way.images, rollout.prompts.prompts).tolist(), rel=1e-5)
     columns, rows = views.table(view)
-    assert columns[-3:] == ["recovered reward", "one step reward", "clean reward"]
+    assert columns[-2:] == ["recovered reward", "one step reward"]
     assert [row[:2] for row in rows] == [[i, level] for level in LEVELS for i in (1, 2)]
     last = dict(zip(columns, rows[-1], strict=True))
     assert last["one step reward"] == pytest.approx(view.levels[-1].one_step.reward[1], abs=1e-6)
     assert (last["from"], last["to"]) == (0.3, 0.2785)
+    assert f"mean reward is {sum(view.clean.reward) / 2:.4g}." in views.finding(view)
 
 
 def test_a_reward_that_is_no_number_is_told():

@@ -158,8 +158,8 @@ def test_results_come_back_with_their_tab(scored):
     page.command("Comfy.NewBlankWorkflow")
     page.page.wait_for_function("() => app.graph.nodes.length === 0")
     page.command("Workspace.PreviousOpenedWorkflow")
-    page.page.wait_for_function("(id) => app.graph.getNodeById(id)", arg=next(iter(tables)))
-    page.settled()
+    for node in tables:
+        page.expect_results(node)
     assert {node: page.results(node)["tables"] for node in tables} == {
         node: one["tables"] for node, one in before.items()
     }

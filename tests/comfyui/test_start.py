@@ -127,7 +127,8 @@ def test_a_run_writes_into_comfyuis_folders_only(start, tmp_path, monkeypatch):
     server = start(HOME=str(home), USERPROFILE=str(home), TMPDIR=str(temporary))
     result = server.run(SCORED)
     assert result.status == "success", result.error
-    assert files(home) == set() and files(temporary) == set()
+    assert files(home) == set()
+    assert {path.name for path in files(temporary)} <= {"_remote_module_non_scriptable.py"}  # torch 2.7 itself
     assert files(PACK / "nodes") | files(PACK / "srpo_core") == before
     written = {path.parts[0] for path in files(server.base)}
     assert written <= {"server.log", "temp", "user", "models"}, files(server.base)
