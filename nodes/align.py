@@ -221,7 +221,8 @@ class _Job:
         """Latents [steps, 2, B, C, h, w] in the model's range: recovered and predicted in one step."""
         sigmas = torch.tensor([*(step.sigma for step in self.steps), 0.0])
         parts = []
-        for part, its_noise in zip(clean.split(AT_ONCE), noise.split(AT_ONCE), strict=True):
+        shares = bridge.in_parts(self.positive, noise, AT_ONCE)
+        for part, (positive, its_noise) in zip(clean.split(AT_ONCE), shares, strict=True):
 
             def work(flow: bridge.SessionFlow, noise_there: Tensor, part: Tensor = part) -> Tensor:
                 rollout = Rollout(bridge.prompts_of(len(part)), noise_there, part.to(noise_there))
@@ -229,7 +230,7 @@ class _Job:
                     flow, rollout, self.steps, self.guidance, lambda _: self.progress.step(flow.denoised)
                 ).flatten(0, 2)
 
-            found = bridge.with_flow(self.model, self.positive, self.guidance, its_noise, sigmas, work, self.seed)
+            found = bridge.with_flow(self.model, positive, self.guidance, its_noise, sigmas, work, self.seed)
             parts.append(self.autoencoder.format.process_in(found).unflatten(0, (len(self.steps), 2, len(part))))
         return torch.cat(parts, 2)
 

@@ -7,7 +7,7 @@ conditioned on; `with_flow` opens one and hands out a FlowModel. ComfyUI's image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.sample
@@ -22,11 +22,12 @@ from torch import Tensor
 from srpo_core.config import ConfigError
 from srpo_core.errors import NotFiniteError
 from srpo_core.interfaces import FlowModel, PromptBatch
-from srpo_core.randomness import fixed_noise
+from srpo_core.randomness import SEEDS, fixed_noise
 
+RATIO = "downscale_ratio"
+"""How the keys of a LATENT begin that tell the size of its empty samples in pixels; finished ones have none."""
 NOISES = ("ComfyUI", "engine")
 """Whose random numbers a seed stands for: those of ComfyUI's samplers, or those of `srpo sample`."""
-SEEDS = 2**64
 Conditioning = list[list[Any]]
 
 
@@ -50,19 +51,56 @@ def require_flow_model(model: ModelPatcher, name: str = "model") -> None:
         )
 
 
-def full_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
-    """The samples [B, C, h, w] of a LATENT, with the channels that a MODEL needs if they are empty."""
-    return comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+def latent_shape(model: ModelPatcher, latent: Mapping[str, Any]) -> Sequence[int]:
+    """(C, h, w) of what a MODEL draws for a LATENT: the MODEL's channels, and as many pixels as the LATENT asks for.
+
+    ComfyUI's empty LATENTs tell how many pixels each of their values stands for (`downscale_ratio_...`).
+    """
+    ratios = {name: value for name, value in latent.items() if name.startswith(RATIO)}
+    return comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent["samples"]), **ratios).shape[1:]
 
 
-def batch_noise(seed: int, latents: Tensor, kind: str = NOISES[0]) -> Tensor:
-    """Noise [B, C, h, w] like `latents`, on the CPU: row i is that of seed + i alone."""
-    seeds = [(seed + i) % SEEDS for i in range(len(latents))]
+def seeds_in(latent: Mapping[str, Any], seed: int) -> list[int]:
+    """The seed of each picture of a LATENT: seed + its number. Those taken out of a batch keep their numbers in it."""
+    return [(seed + i) % SEEDS for i in latent.get("batch_index", range(len(latent["samples"])))]
+
+
+def noise_of(seeds: Sequence[int], shape: Sequence[int], kind: str = NOISES[0]) -> Tensor:
+    """Noise [len(seeds), *shape], float32 on the CPU: a picture's is that of its seed alone."""
     if kind == "engine":
-        rows = [fixed_noise(one, 1, latents.shape[1:], "sample") for one in seeds]
-    else:
-        rows = [comfy.sample.prepare_noise(torch.zeros_like(latents[:1], device="cpu"), one) for one in seeds]
-    return torch.cat(rows)
+        return torch.cat([fixed_noise(seed, 1, shape, "sample") for seed in seeds])
+    return torch.cat([comfy.sample.prepare_noise(torch.zeros(1, *shape), seed) for seed in seeds])
+
+
+def in_parts(positive: Conditioning, noise: Tensor, size: int) -> Iterator[tuple[Conditioning, Tensor]]:
+    """Noise [B, C, h, w] in parts of at most `size` pictures, each with the CONDITIONING of its own pictures.
+
+    Of a CONDITIONING with a row per prompt, picture i has row i, as in ComfyUI's samplers; the first follows the last.
+    """
+    for numbers in torch.arange(len(noise)).split(size):
+        yield [_rows(cond, options, numbers) for cond, options in positive], noise[numbers]
+
+
+def _rows(cond: Tensor, options: Mapping[str, Any], numbers: Tensor) -> list[Any]:
+    """An entry of a CONDITIONING with the rows of some pictures, the same in what belongs to them (pooled_output)."""
+    count = len(cond)
+    if count == 1:
+        return [cond, options]
+    rows = numbers % count
+    chosen = {
+        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+        for name, value in options.items()
+    }
+    return [cond[rows], chosen]
+
+
+def decoded(vae: VAE, samples: Tensor) -> Tensor:
+    """The samples [B, C, h, w] of a LATENT -> [B, 3, H, W] in [0, 1].
+
+    A VAE for videos gives each latent's frames one after the other.
+    """
+    images = vae.decode(samples)
+    return to_engine(images.reshape(-1, *images.shape[-3:]))
 
 
 class SessionFlow:
@@ -134,6 +172,5 @@ class ComfyAutoencoder:
         return self.format.process_in(self.vae.encode(images.movedim(1, -1)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, 3, H, W] in [0, 1]; a VAE for videos gives each latent's frames one after the other."""
-        images = self.vae.decode(self.format.process_out(latents))
-        return images.reshape(-1, *images.shape[-3:]).movedim(-1, 1)
+        """[B, C, h, w] -> [B, 3, H, W] in [0, 1]."""
+        return decoded(self.vae, self.format.process_out(latents))

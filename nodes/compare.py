@@ -12,11 +12,11 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from srpo_core.columns import Scores
-from srpo_core.config import AlignConfig, RewardConfig, RolloutConfig
+from srpo_core.config import RewardConfig
 
 from . import bridge, io_types
 from .inputs import schema, seed, widget, words
-from .sampling import CATEGORY, STEPS, Progress, draw, drawing_steps
+from .sampling import CATEGORY, Progress, draw, drawing_inputs, drawing_steps
 from .scoring import PROMPT_HELP, TABLE
 from .show import as_text, shown, table
 
@@ -76,16 +76,15 @@ class Compare(io.ComfyNode):
 
         models = {"model_a": model_a, "model_b": model_b}
         _check(models, reward, prompt.strip())
-        count = len(latent["samples"])
-        scoring = 2 * count * len(reward.parts) if reward is not None else 0
+        seeds = bridge.seeds_in(latent, seed)
+        scoring = 2 * len(seeds) * len(reward.parts) if reward is not None else 0
         progress = Progress(model_a, 2 * drawing_steps(latent, steps) + scoring, previews=False)
         images = []
         for model in models.values():
             drawn = draw(model, positive, latent, seed, steps, guidance, shift, progress=progress)
-            images.append(bridge.to_engine(vae.decode(drawn["samples"]).flatten(0, -4)).cpu())  # a video's VAE: 5 axes
+            images.append(bridge.decoded(vae, drawn["samples"]).cpu())
         chosen = words(liked), words(disliked)
         scores = _scores(reward, images, prompt.strip(), chosen, progress) if reward is not None else ({}, {})
-        seeds = [(seed + i) % bridge.SEEDS for i in latent.get("batch_index", range(count))]
         found = Comparison(names_of(label_a, label_b), seeds, tuple(images), contests(*scores))
         tables = [table("Pictures", *found.picture_rows(), note="" if found.first else found.note)]
         if reward is not None:
@@ -114,9 +113,7 @@ def _inputs() -> list[io.Input]:
         io.Vae.Input("vae", tooltip="Decodes the pictures of both."),
         io.Latent.Input("latent", tooltip="Its size and its number of pictures count: 8 or more tell something."),
         seed(tooltip="Noise of the first picture, the same for both; the next ones have seed + 1, seed + 2, ..."),
-        widget(RolloutConfig, "num_steps", id="steps", default=STEPS, tooltip="Euler steps. 50 for finished pictures."),
-        widget(AlignConfig, "guidance", step=0.1, tooltip="Distilled guidance, as FluxGuidance sets it."),
-        widget(RolloutConfig, "shift", tooltip="Shift of the schedule. 3 is SRPO's for FLUX.1-dev."),
+        *drawing_inputs(),
         io.String.Input("label_a", default="A", tooltip="What model_a is called on the pictures and in the tables."),
         io.String.Input("label_b", default="B", tooltip="What model_b is called there."),
         io_types.Reward.Input("reward", optional=True, tooltip="Says which picture is better."),

@@ -15,10 +15,11 @@ from comfy.cli_args import args
 from comfy.model_patcher import ModelPatcher
 
 from srpo_core.config import ConfigError
+from srpo_core.files import size_text
 from srpo_core.weights.fp8 import dequantised
 from srpo_core.weights.origin import origin
 from srpo_core.weights.recognise import WrongPart, describe
-from srpo_core.weights.tensors import SHARD, TensorFile, WeightsError
+from srpo_core.weights.tensors import SHARD, WeightsError
 
 if TYPE_CHECKING:
     from srpo_core.models.flux_files import Part
@@ -68,7 +69,8 @@ def load_flux(path: Path, weights: str) -> tuple[ModelPatcher, str]:
         _refuse_noise(part, weights)
         notes.append(f"cast to fp8 without scales, which is less exact than {SCALED_FP8!r}")
     model = _load(part, weights)
-    notes.append(f"loaded as {_loaded_as(model)}, {_size(part.file)}")
+    size = sum(file.stat().st_size for file in part.file.files)
+    notes.append(f"loaded as {_loaded_as(model)}, {size_text(size)}")
     return model, "\n".join(note for note in notes if note)
 
 
@@ -156,9 +158,3 @@ def _loaded_as(model: ModelPatcher) -> str:
     held = str(model.model.get_dtype()).removeprefix("torch.")
     computes = str(config.manual_cast_dtype or held).removeprefix("torch.")
     return held if computes == held else f"{held}, computed in {computes}"
-
-
-def _size(file: TensorFile) -> str:
-    """A file's size in words."""
-    size = sum(path.stat().st_size for path in file.files)
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

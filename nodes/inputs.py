@@ -11,10 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from comfy_api.latest import io
 
 from srpo_core.config import Section
-
-SEED_MAX = 2**64 - 1
-"""As large as ComfyUI's own seeds get."""
-
+from srpo_core.randomness import SEEDS
 
 _FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
@@ -67,7 +64,7 @@ def _sentence(text: str) -> str:
 
 def seed(**changes: Any) -> io.Input:
     """A seed, with ComfyUI's control of what comes after a run."""
-    given = {"default": 0, "min": 0, "max": SEED_MAX, "control_after_generate": True, "tooltip": "Seed of the noise."}
+    given = {"default": 0, "min": 0, "max": SEEDS - 1, "control_after_generate": True, "tooltip": "Seed of the noise."}
     return io.Int.Input("seed", **given | changes)
 
 

@@ -31,6 +31,15 @@ BUILT_IN = "miniature (built in)"
 BUILT_IN_LORA = miniature.WEIGHTS / "lora.safetensors"
 
 
+def file_names(kind: str) -> list[str]:
+    """ComfyUI's files of a kind, as its widgets name them."""
+    try:
+        return folder_paths.get_filename_list(kind)
+    except FileNotFoundError:  # a folder that it knew is gone: it looks at each one's time without asking
+        folder_paths.filename_list_cache.pop(kind, None)
+        return folder_paths.get_filename_list(kind)
+
+
 def find_file(kind: str, name: str, widget: str) -> Path:
     """A file of one of ComfyUI's folders by the name that its list shows. ConfigError names the folders looked in."""
     path = folder_paths.get_full_path(kind, name)
@@ -75,7 +84,7 @@ class LoadCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=file_names("diffusion_models"),
                     tooltip="A .safetensors file of models/diffusion_models (or unet), under the original or diffusers'"
                     " names, in any precision; of a model in shards, any shard.",
                 ),
@@ -125,7 +134,7 @@ class LoadLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="A FLUX model."),
                 io.Combo.Input(
                     "lora",
-                    options=[*folder_paths.get_filename_list("loras"), BUILT_IN],
+                    options=[*file_names("loras"), BUILT_IN],
                     tooltip="A .safetensors file of models/loras, such as `srpo export` writes; or the LoRA that SRPO"
                     " trained on the built-in miniature.",
                 ),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from srpo_core.config import ConfigError
 from srpo_core.errors import ran_out_of_memory
+from srpo_core.files import size_text
 from srpo_core.interfaces import Reward
 from srpo_core.rewards.batches import in_batches
 from srpo_core.rewards.mixture import MixedReward, WeightedReward, comparable, joined
@@ -148,8 +149,6 @@ class LoadedReward:
     @property
     def summary(self) -> str:
         """What it is, in a line: size and where it scores."""
-        from srpo_core.run_folder import size_text
-
         count = sum(weight.numel() for one in self.held for weight in one.module.parameters())
         places = " and ".join(dict.fromkeys(one.device.type for one in self.held))
         return f"{self.name}: {count / 1e6:,.0f} M parameters, {size_text(self.get_ram_usage())}, scores on {places}"

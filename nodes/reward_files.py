@@ -15,7 +15,7 @@ from srpo_core.config import ConfigError, RewardConfig, nearest
 from srpo_core.rewards import REWARDS, check_reward, load_rewards
 from srpo_core.rewards.mixture import WeightedReward
 
-from .loaders import file_state
+from .loaders import file_names, file_state
 
 AUTO = "auto"
 BUILT_IN = "miniature"
@@ -34,8 +34,8 @@ def register_folder() -> None:
 def file_choices() -> list[str]:
     """What the widget offers: auto, files of the rewards' folders, and text_encoders/ with those of that folder."""
     register_folder()
-    encoders = (f"{ENCODERS}/{name}" for name in folder_paths.get_filename_list(ENCODERS))
-    return [AUTO, *folder_paths.get_filename_list(REWARDS_FOLDER), *encoders]
+    encoders = (f"{ENCODERS}/{name}" for name in file_names(ENCODERS))
+    return [AUTO, *file_names(REWARDS_FOLDER), *encoders]
 
 
 def folders(kind: str) -> list[str]:
@@ -76,7 +76,7 @@ def _by_name(entry: Entry) -> Path | None:
     name = PurePosixPath(entry.files[0].path).name
     if entry.folder:
         name = f"{PurePosixPath(str(entry.files[0].place)).name}/{name}"
-    for file in folder_paths.get_filename_list(REWARDS_FOLDER):
+    for file in file_names(REWARDS_FOLDER):
         if f"/{Path(file).as_posix()}".endswith(f"/{name}"):
             return Path(folder_paths.get_full_path(REWARDS_FOLDER, file))
     return None

@@ -56,18 +56,13 @@ def drawing_steps(latent: Mapping[str, Any], steps: int, at_once: int = AT_ONCE)
 
 
 def starting_noise(model: ModelPatcher, latent: Mapping[str, Any], seed: int, kind: str) -> Tensor:
-    """Noise [B, C, h, w] of the size of a LATENT: picture i has that of seed + i.
-
-    Pictures that were taken out of a batch keep their numbers in it, and so their noise. ConfigError for a mask.
-    """
+    """Noise [B, C, h, w] for the pictures of a LATENT: picture i has that of seed + i. ConfigError for a mask."""
     if "noise_mask" in latent:
         raise ConfigError(
             "latent: it has a noise mask, and this node draws whole pictures; connect a latent without a mask, or paint"
             " masked parts with KSampler"
         )
-    empty = bridge.full_latent(model, {"samples": torch.zeros_like(latent["samples"])})
-    numbers = latent.get("batch_index", range(len(empty)))
-    return torch.cat([bridge.batch_noise(seed + i, empty[:1], kind) for i in numbers])
+    return bridge.noise_of(bridge.seeds_in(latent, seed), bridge.latent_shape(model, latent), kind)
 
 
 def draw(
@@ -95,8 +90,11 @@ def draw(
         prompts = bridge.prompts_of(len(part))
         return rollout(flow, prompts, part, sigmas, guidance, lambda *_: progress.step(flow.denoised)).clean
 
-    parts = [bridge.with_flow(model, positive, guidance, part, sigmas, work, seed) for part in start.split(at_once)]
-    kept = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio")}
+    parts = [
+        bridge.with_flow(model, its_positive, guidance, part, sigmas, work, seed)
+        for its_positive, part in bridge.in_parts(positive, start, at_once)
+    ]
+    kept = {name: value for name, value in latent.items() if not name.startswith(bridge.RATIO)}
     return {**kept, "samples": torch.cat(parts)}
 
 
@@ -135,6 +133,30 @@ class Sigmas(io.ComfyNode):
         return io.NodeOutput(shifted_sigmas(steps, shift))
 
 
+def drawing_inputs() -> list[io.Input]:
+    """The widgets of a rollout: steps, guidance, shift."""
+    return [
+        widget(
+            RolloutConfig,
+            "num_steps",
+            id="steps",
+            default=STEPS,
+            tooltip="Euler steps. 50 is published for finished pictures; training draws with 25.",
+        ),
+        widget(
+            AlignConfig,
+            "guidance",
+            step=0.1,
+            tooltip="Distilled guidance, as FluxGuidance sets it. SRPO trains and is published at 3.5.",
+        ),
+        widget(
+            RolloutConfig,
+            "shift",
+            tooltip="Shift of the schedule: more spends more steps at high noise. 3 is SRPO's for FLUX.1-dev.",
+        ),
+    ]
+
+
 class Sampler(io.ComfyNode):
     """Pictures as the engine's rollout draws them."""
 
@@ -154,24 +176,7 @@ class Sampler(io.ComfyNode):
                     "latent", tooltip="Its size and its number of pictures count. What is in it is not used."
                 ),
                 seed(tooltip="Noise of the first picture; the next ones have seed + 1, seed + 2, ..."),
-                widget(
-                    RolloutConfig,
-                    "num_steps",
-                    id="steps",
-                    default=STEPS,
-                    tooltip="Euler steps. 50 is published for finished pictures; training draws with 25.",
-                ),
-                widget(
-                    AlignConfig,
-                    "guidance",
-                    step=0.1,
-                    tooltip="Distilled guidance, as FluxGuidance sets it. SRPO trains and is published at 3.5.",
-                ),
-                widget(
-                    RolloutConfig,
-                    "shift",
-                    tooltip="Shift of the schedule: more spends more steps at high noise. 3 is SRPO's for FLUX.1-dev.",
-                ),
+                *drawing_inputs(),
                 io.Combo.Input(
                     "noise",
                     options=list(bridge.NOISES),

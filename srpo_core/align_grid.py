@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from srpo_core.align_view import CLEAN, LOST, AlignView, LevelView, Way, default_range, in_default_range, verdict
-from srpo_core.lettering import fitted, font, text_width
+from srpo_core.lettering import fitted, font
 from srpo_core.preview import to_pil
 
 LONGEST, LEAST_WIDTH = 384, 168
@@ -82,15 +82,18 @@ class _Grid:
     def left(self, column: int) -> int:
         return SIDE + column * (self.cell + GAP)
 
-    def write(self, place: tuple[float, float], text: str, width: int, size: int, colour: str = INK) -> None:
-        """A line of text, made to fit."""
-        text, size = fitted(text, width, size)
+    def write(self, place: tuple[float, float], text: str, size: int, colour: str = INK) -> None:
+        """A line of text."""
         self.pen.text(place, text, fill=colour, font=font(size, text))
+
+    def fit(self, place: tuple[float, float], text: str, width: int, size: int, colour: str = INK) -> None:
+        """A line of text, made to fit."""
+        self.write(place, *fitted(text, width, size), colour)
 
     def draw(self) -> Image.Image:
         """Heads, then each picture's rows."""
-        self.write((GAP, 30), f"{self.view.branch} steps", SIDE - 2 * GAP, 17)
-        self.write((self.left(0), 30), "Clean picture", self.cell, 17)
+        self.fit((GAP, 30), f"{self.view.branch} steps", SIDE - 2 * GAP, 17)
+        self.fit((self.left(0), 30), "Clean picture", self.cell, 17)
         self.legend(HEAD + self.line + self.row)
         for column, level in enumerate(self.view.levels, start=1):
             self.head(column, level)
@@ -99,7 +102,7 @@ class _Grid:
             number = f"picture {i + 1}" if len(self.view.prompts) > 1 else ""
             title = ": ".join(filter(None, (number, " ".join(prompt.split()))))
             width = self.sheet.width - self.left(0) - GAP
-            self.write((self.left(0), top + 4), _cut(title, width, 14), width, 14, QUIET)
+            self.write((self.left(0), top + 4), *fitted(title, width, 14, least=14), QUIET)
             self.rows(i, top + self.line)
         return self.sheet
 
@@ -111,11 +114,11 @@ class _Grid:
             self.pen.rectangle((left, 22, left + self.cell + (GAP if after else 0), 25), fill=RANGE)
             if column == 1 or not in_default_range(self.view.levels[column - 2].level):
                 start, end = (entry.index for entry in default_range())
-                self.write((left, 5), f"published training range: {start} to {end}", 2 * self.cell, 12, RANGE)
+                self.fit((left, 5), f"published training range: {start} to {end}", 2 * self.cell, 12, RANGE)
         step = level.step
-        self.write((left, 30), f"level {level.level:g}: entry {level.entry.index}", self.cell, 17)
+        self.fit((left, 30), f"level {level.level:g}: entry {level.entry.index}", self.cell, 17)
         told = f"step {step.sigma:.4g} to {step.sigma_next:.4g}, {level.share:.0%} predicted"
-        self.write((left, 54), told, self.cell, 12, QUIET)
+        self.fit((left, 54), told, self.cell, 12, QUIET)
 
     def legend(self, top: int) -> None:
         """What the words and numbers mean, in the empty cell below the first clean picture."""
@@ -123,18 +126,18 @@ class _Grid:
         for i, (text, colour) in enumerate(
             [*((text, COLOURS[word]) for text, word in LEGEND), *((text, QUIET) for text in EXPLAINED)]
         ):
-            self.write((self.left(0), top + i * height), text, self.cell, min(13, height - 2), colour)
+            self.fit((self.left(0), top + i * height), text, self.cell, min(13, height - 2), colour)
 
     def rows(self, i: int, top: int) -> None:
         """Picture i: the clean one and its levels' recovered ones, below them the predicted."""
         clean = self.view.clean
         self.paste(clean.images[i], 0, top)
         if clean.reward is not None:
-            self.write((self.left(0), top + self.picture[1] + 8), f"reward {_short(clean.reward[i])}", self.cell, 13)
+            self.fit((self.left(0), top + self.picture[1] + 8), f"reward {_short(clean.reward[i])}", self.cell, 13)
         for row, (name, titles) in enumerate(TITLES.items()):
             y = top + row * self.row
             for text, offset, size, colour in zip(titles, (-20, 2), (17, 12), (INK, QUIET), strict=True):
-                self.write((GAP, y + self.picture[1] // 2 + offset), text, SIDE - 2 * GAP, size, colour)
+                self.fit((GAP, y + self.picture[1] // 2 + offset), text, SIDE - 2 * GAP, size, colour)
             for column, level in enumerate(self.view.levels, start=1):
                 self.way(getattr(level, name), i, column, y)
 
@@ -143,12 +146,12 @@ class _Grid:
         self.paste(way.images[i], column, top)
         left, below, word = self.left(column), top + self.picture[1], verdict(way.psnr[i])
         self.pen.rectangle((left, below + 2, left + self.cell - 1, below + 5), fill=COLOURS[word])
-        self.write((left, below + 8), f"{word}  {way.psnr[i]:.1f} dB", self.cell, 14, COLOURS[word])
+        self.fit((left, below + 8), f"{word}  {way.psnr[i]:.1f} dB", self.cell, 14, COLOURS[word])
         told = f"detail {max(0.0, way.detail[i]):.0%}"
         if way.reward is not None and self.view.clean.reward is not None:
             change = way.reward[i] - self.view.clean.reward[i]
             told += f", reward {_short(way.reward[i])} ({'+' if change >= 0 else ''}{_short(change)})"
-        self.write((left, below + 25), told, self.cell, 13)
+        self.fit((left, below + 25), told, self.cell, 13)
 
     def paste(self, image: Tensor, column: int, top: int) -> None:
         """A picture in the middle of its column: small ones with their pixels enlarged, large ones made smaller."""
@@ -156,12 +159,6 @@ class _Grid:
         how = Image.Resampling.LANCZOS if smaller else Image.Resampling.NEAREST
         left = self.left(column) + (self.cell - self.picture[0]) // 2
         self.sheet.paste(to_pil(image).resize(self.picture, how), (left, top))
-
-
-def _cut(text: str, width: int, size: int) -> str:
-    """The beginning of a text that would take more than `width` pixels."""
-    share = width / max(1, text_width(text, size))
-    return text if share >= 1 else f"{text[: int(len(text) * share) - 4].rstrip()} ..."
 
 
 def _short(value: float) -> str:

@@ -7,6 +7,7 @@ means the same stretch of the trajectory in both branches, and a training range 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -262,14 +263,14 @@ def table(view: AlignView) -> tuple[list[str], list[list[int | float]]]:
 
 def finding(view: AlignView) -> str:
     """In words: where either way gives clean pictures, and which settings make a training range of these levels."""
-    clean = {way: [one for one in view.levels if _mean(getattr(one, way).psnr) >= CLEAN] for way in WAYS}
+    clean = {way: [one for one in view.levels if statistics.fmean(getattr(one, way).psnr) >= CLEAN] for way in WAYS}
     start, end = default_range()
     lines = [
         f"Training sees a clean picture ({CLEAN:g} dB and more, mean of the pictures) {_at(clean['recovered'])}.",
         f"One-step prediction gives one {_at(clean['one_step'])}.",
     ]
     if view.clean.reward is not None:
-        lines.append(f"The clean pictures' mean reward is {_mean(view.clean.reward):.4g}.")
+        lines.append(f"The clean pictures' mean reward is {statistics.fmean(view.clean.reward):.4g}.")
     entries = [level.entry.index for level in clean["recovered"]]
     if entries and min(entries) < max(entries):
         settings = f"align.range_start={min(entries)} align.range_end={max(entries)}"
@@ -284,7 +285,3 @@ def finding(view: AlignView) -> str:
 
 def _at(levels: Sequence[LevelView]) -> str:
     return "at " + ", ".join(f"{level.level:g}" for level in levels) if levels else "at none of these levels"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 from srpo_core.config import ConfigError
+from srpo_core.randomness import SEEDS
 
 
 def best_of(scores: Sequence[float], keep: int) -> list[int]:
@@ -26,7 +28,7 @@ def best_of(scores: Sequence[float], keep: int) -> list[int]:
 def best_note(scores: Sequence[float], keep: int) -> str:
     """What choosing gained, in a sentence."""
     count, kept = len(scores), min(keep, len(scores))
-    mean = math.fsum(scores) / count
+    mean = statistics.fmean(scores)
     asked = f" ({keep} asked for)" if keep > count else ""
     spread = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / (count - 1)) if count > 1 else 0.0
     above = f", {(max(scores) - mean) / spread:.1f} standard deviations above the mean" if spread > 0 else ""
@@ -39,15 +41,15 @@ def best_rows(order: Sequence[int], scores: Sequence[float], seeds: Sequence[int
     return ["rank", "picture", "score", "seed"], rows
 
 
-def seeds_of(first: Sequence[int], batches: Sequence[int], most: int = 2**64) -> list[int]:
-    """The seed of every picture of batches with so many pictures: they count on from the first, below `most`.
+def seeds_of(first: Sequence[int], batches: Sequence[int]) -> list[int]:
+    """The seed of every picture of batches with so many pictures: they count on from the first.
 
     `first` is one seed, from which all count on, or one for each batch. ConfigError for another number of them.
     """
     if len(first) not in (1, len(batches)):
         raise ConfigError(f"seed: {len(first)} first seeds for {len(batches)} batches of images; give one, or one each")
     counts = batches if len(first) > 1 else [sum(batches)]
-    return [(seed + i) % most for seed, count in zip(first, counts, strict=True) for i in range(count)]
+    return [(seed + i) % SEEDS for seed, count in zip(first, counts, strict=True) for i in range(count)]
 
 
 def kept_shape(shapes: Sequence[Sequence[int]]) -> None:

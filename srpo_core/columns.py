@@ -11,6 +11,7 @@ and a family's measures under their own names.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,6 +23,8 @@ from srpo_core.preference import ControlWords, liked_less_disliked, wording
 
 Scores = dict[str, list[float]]
 """By name: a number per picture."""
+Row = list[str | int | float | None]
+"""A row of a table that is shown."""
 WORD, PART = "word:", "reward:"
 """How the names of columns begin that belong to one control word or to one reward of a mixture."""
 
@@ -71,4 +74,4 @@ def require_finite(scores: Mapping[str, Sequence[float]], pictures: Sequence[str
 
 def means(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The mean of each score over its pictures."""
-    return {name: math.fsum(values) / len(values) for name, values in scores.items()}
+    return {name: statistics.fmean(values) for name, values in scores.items()}

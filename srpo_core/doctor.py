@@ -40,7 +40,7 @@ PURPOSE = {
     "pyarrow": "prompts in .parquet and .arrow files",
     "hpsv2": "the HPS v2 authors' own scorer: nothing here needs it, and it asks for old packages",
     "flash-attn": "faster attention on recent NVIDIA GPUs (not used yet)",
-    "comfy-cli": "installing ComfyUI (the nodes are still to come)",
+    "comfy-cli": "installing ComfyUI with these nodes (scripts/install_comfyui.sh brings its own)",
 }
 GET = {"flash-attn": "pip install flash-attn --no-build-isolation"}
 IMPORTED = ("torch", "torchvision", "diffusers", "transformers", "peft")

@@ -67,3 +67,8 @@ def fingerprint(path: Path) -> str:
                 stream.seek(max(0, size - _SAMPLE) * i // 31)
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:16]
+
+
+def size_text(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from srpo_core.columns import PART, WORD, Scores
+from srpo_core.columns import PART, WORD, Row, Scores
 from srpo_core.intervals import Interval, bootstrap_ci, win_rate
 from srpo_core.pairs import side_by_side
 
-Row = list[str | int | float | None]
 MIN_PAIRS = 8
 """A bootstrap of fewer differences claims far too much: there is no interval of their mean then."""
 
@@ -44,7 +44,7 @@ class HeadToHead:
     def mean_difference(self) -> Interval:
         """Mean of B less A with its 95 % bootstrap interval; without one for fewer than MIN_PAIRS pairs."""
         if len(self.a) < MIN_PAIRS:
-            return Interval(math.fsum(self.differences) / len(self.a), math.nan, math.nan)
+            return Interval(statistics.fmean(self.differences), math.nan, math.nan)
         return bootstrap_ci(self.differences)
 
     def winners(self, labels: tuple[str, str]) -> list[str]:
@@ -76,8 +76,9 @@ def contests(scores_a: Scores, scores_b: Scores) -> list[HeadToHead]:
 
 
 def names_of(label_a: str, label_b: str) -> tuple[str, str]:
-    """Two labels that can be told apart, "A" and "B" for empty ones."""
-    a, b = label_a.strip() or "A", label_b.strip() or "B"
+    """Two labels of a line each that can be told apart, "A" and "B" for empty ones."""
+    a, b = (" ".join(label.split()) for label in (label_a, label_b))
+    a, b = a or "A", b or "B"
     return (a, b) if a != b else (f"{a} 1", f"{b} 2")
 
 
@@ -143,7 +144,7 @@ class Comparison:
 
 def _summary(contest: HeadToHead) -> Row:
     difference, rate = contest.mean_difference, contest.rate
-    means = [math.fsum(side) / len(side) for side in (contest.a, contest.b)]
+    means = statistics.fmean(contest.a), statistics.fmean(contest.b)
     unsure = _ends(difference, "+.2g") or f"from {MIN_PAIRS} on"
     return [contest.title, rate.estimate, _ends(rate, ".0%"), *means, difference.estimate, unsure]
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from torch import Tensor
 
-from srpo_core.columns import PART, WORD, Scores, require_finite, score_columns
+from srpo_core.columns import PART, WORD, Row, Scores, require_finite, score_columns
 from srpo_core.config import ConfigError
 from srpo_core.interfaces import Reward
 from srpo_core.preference import ControlWords
 from srpo_core.rewards.mixture import MixedReward
-
-Row = list[str | int | float]
 
 
 def prompts_for(text: str, count: int, one_per_line: bool) -> list[str]:
@@ -78,13 +76,9 @@ def by_word(scores: Scores, words: ControlWords) -> dict[str, list[float]]:
     liked ones less the reward under it. Over the words of either side these average to "relative".
     """
     sides = {side: [scores[f"{WORD}{word}"] for word in getattr(words, side)] for side in ("liked", "disliked")}
-    liked, disliked = ([_mean(values) for values in zip(*sides[side], strict=True)] for side in ("liked", "disliked"))
+    liked, disliked = ([*map(fmean, zip(*sides[side], strict=True))] for side in ("liked", "disliked"))
     table = {word: _less(scores[f"{WORD}{word}"], disliked) for word in words.liked}
     return table | {f"{word} (disliked)": _less(liked, scores[f"{WORD}{word}"]) for word in words.disliked}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _less(first: Sequence[float], second: Sequence[float]) -> list[float]:
@@ -117,4 +111,4 @@ def summary(values: Sequence[float], what: str = "score") -> str:
     best = max(range(len(values)), key=values.__getitem__)
     if len(values) == 1:
         return f"{what} {values[0]:.4g}"
-    return f"{len(values)} pictures, mean {what} {_mean(values):.4g}, highest {values[best]:.4g} (picture {best + 1})"
+    return f"{len(values)} pictures, mean {what} {fmean(values):.4g}, highest {values[best]:.4g} (picture {best + 1})"

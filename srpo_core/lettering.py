@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from srpo_core.preview import from_pil
 
 Colour = tuple[int, int, int]
 DARK, MARKED, INK = (16, 18, 22), (20, 92, 48), (255, 255, 255)
@@ -57,17 +60,18 @@ def text_width(text: str, size: int) -> int:
     return int(np.ceil(font(size, text).getlength(text)))
 
 
-def fitted(text: str, width: int, size: int) -> tuple[str, int]:
-    """A line and the size of its letters that fit into `width` pixels: down to two thirds, then cut off with "..."."""
-    least = max(LEAST_SIZE, size * 2 // 3)
+def fitted(text: str, width: int, size: int, least: int | None = None) -> tuple[str, int]:
+    """A line and the size of its letters that fit into `width` pixels: down to `least`, then cut off with "...".
+
+    `least` is two thirds of `size` unless it is given, and LEAST_SIZE at least.
+    """
+    least = max(LEAST_SIZE, size * 2 // 3 if least is None else least)
     while size > least and text_width(text, size) > width:
         size -= 1
     if text_width(text, size) <= width:
         return text, size
-    kept = text
-    while kept and text_width(f"{kept}...", size) > width:
-        kept = kept[:-1]
-    return (f"{kept}..." if kept else ""), size
+    kept = bisect.bisect_right(range(1, len(text)), width, key=lambda count: text_width(f"{text[:count]}...", size))
+    return (f"{text[:kept]}..." if kept else ""), size
 
 
 def letter_size(height: int, width: int) -> int:
@@ -120,7 +124,7 @@ def strip(width: int, height: int, text: str, right: str = "", colour: Colour = 
     left_over = width - 2 * pad - (text_width(right, right_size) + 2 * pad if right else 0)
     line, size = fitted(text, max(1, left_over), size)
     draw.text((pad, height / 2), line, font=font(size, line), fill=INK, anchor="lm")
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return from_pil(picture)
 
 
 def with_scores(images: Tensor, scores: Sequence[float], ends: Sequence[str] = (), sign: bool = False) -> Tensor:

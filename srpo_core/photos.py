@@ -18,6 +18,7 @@ from torch import Tensor
 from srpo_core.buckets import Size
 from srpo_core.config import ConfigError
 from srpo_core.errors import TrainingError
+from srpo_core.preview import from_pil
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv")
@@ -170,7 +171,7 @@ def load_photo(path: Path, height: int, width: int) -> Tensor:
             f"the photo {path} can't be read: {error}; repair it or take it out of the folder"
         ) from error
     fitted = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
+    return from_pil(fitted)
 
 
 def check_whole(photos: Sequence[Photo], setting: str) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
@@ -21,7 +20,7 @@ from torch import Tensor
 from srpo_core.config import ConfigError
 from srpo_core.files import write_atomic
 from srpo_core.graph_prompt import graph_prompt, is_graph
-from srpo_core.preview import contact_sheet, to_pil
+from srpo_core.preview import contact_sheet, from_pil, to_pil
 
 INDEX, SHEET = "samples.jsonl", "samples_sheet.jpg"
 """Beside the pictures: a line for each, and the first of them on one sheet."""
@@ -170,6 +169,6 @@ def _sheet(pictures: Sequence[Picture]) -> Image.Image:
         with Image.open(picture.path) as image:
             small = image.convert("RGB")
         small.thumbnail((SHEET_SIDE, SHEET_SIDE), Image.Resampling.LANCZOS)
-        images.append(torch.from_numpy(np.array(small)).permute(2, 0, 1) / 255)
+        images.append(from_pil(small))
     seeds = len({picture.seed for picture in pictures})
     return contact_sheet(torch.stack(images), [picture.prompt for picture in pictures], seeds if seeds > 1 else 4)

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+SEEDS = 2**64
+"""Seeds are from 0 to SEEDS - 1, and count on from the last one to 0."""
+
 
 def generator_for(seed: int, step: int, rank: int, purpose: str) -> torch.Generator:
     """A fresh CPU generator for one purpose of one step on one rank; other arguments give unrelated numbers."""

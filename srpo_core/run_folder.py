@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.config import ConfigError, RunConfig, flat
 from srpo_core.description import load_run
-from srpo_core.files import nearest_existing, write_atomic
+from srpo_core.files import nearest_existing, size_text, write_atomic
 from srpo_core.metrics import read_metrics
 
 FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute", "data.embeddings")
@@ -129,8 +129,3 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
 def free_bytes(folder: Path) -> int:
     """Room on the disk of a folder that may not be there yet."""
     return shutil.disk_usage(nearest_existing(folder)).free
-
-
-def size_text(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -27,9 +27,18 @@ START_LIMIT, RUN_LIMIT = 120_000, 300_000
 QUEUE = """async () => {
   window.srpoEnd = undefined;
   for (const type of ["execution_success", "execution_error", "execution_interrupted"])
-    app.api.addEventListener(type, ({ detail }) => (window.srpoEnd ??= { type, detail }), { once: true });
+    app.api.addEventListener(type, ({ detail }) => (window.srpoEnd ??= { type, detail: detail.exception_message }), {
+      once: true,
+    });
   await app.queuePrompt(0, 1);
   if (Object.keys(app.lastNodeErrors ?? {}).length) window.srpoEnd = { type: "refused", detail: app.lastNodeErrors };
+}"""
+LOADED = """() => {
+  app.canvas.draw(true, true);  // a node loads its pictures when it is drawn
+  const nodes = LiteGraph.vueNodesMode ? [] : app.canvas.visible_nodes;
+  const waiting = nodes.filter((node) => app.nodeOutputs[node.id]?.images?.length && !node.imgs?.length);
+  const images = [...nodes.flatMap((node) => node.imgs ?? []), ...document.querySelectorAll("[data-node-id] img")];
+  return !waiting.length && images.every((image) => image.complete);
 }"""
 RESULTS = """(id) => {
   const element = app.graph.getNodeById(id)?.widgets?.find((widget) => widget.name === "srpo_results")?.element;
@@ -59,8 +68,8 @@ def missing() -> str:
 class ComfyPage:
     """A page of a running server. `errors`: the exceptions that it threw, and what the pack's script complained of."""
 
-    def __init__(self, page: Any, server: Server, vue_nodes: bool = False) -> None:
-        self.page, self.server, self.vue_nodes, self.errors = page, server, vue_nodes, []
+    def __init__(self, page: Any, server: Server) -> None:
+        self.page, self.server, self.errors = page, server, []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.on("console", self._listen)
 
@@ -101,7 +110,7 @@ class ComfyPage:
         )
 
     def run(self) -> dict[str, Any]:
-        """Queue the graph as the Run button does and wait for its end: its type and its details."""
+        """Queue the graph as the Run button does and wait for its end: its type, and what was said if it failed."""
         self.page.evaluate(QUEUE)
         self.page.wait_for_function("window.srpoEnd !== undefined", timeout=RUN_LIMIT)
         return self.page.evaluate("window.srpoEnd")
@@ -114,19 +123,14 @@ class ComfyPage:
         """Tables and texts that stand under a node; None if there is nothing."""
         return self.page.evaluate(RESULTS, node)
 
-    def expect_results(self, node: int | str) -> None:
-        """Until something stands under a node."""
-        self.page.wait_for_function(f"(id) => ({RESULTS})(id)", arg=node)
-
     def box(self, node: int | str) -> Any:
         """The element with a node's tables and texts."""
         find = "(id) => app.graph.getNodeById(id).widgets.find((widget) => widget.name === 'srpo_results').element"
         return self.page.evaluate_handle(find, node).as_element()
 
     def settled(self) -> None:
-        """Until all pictures under nodes are loaded and what is new has been drawn."""
-        pictures = "[...(app.graph.nodes ?? [])].every((node) => (node.imgs ?? []).every((image) => image.complete))"
-        self.page.wait_for_function(pictures)
+        """Until all pictures under nodes that can be seen are loaded and drawn."""
+        self.page.wait_for_function(LOADED)
         self.page.evaluate(
             """async () => {
               const frame = () => new Promise((done) => requestAnimationFrame(done));
@@ -177,7 +181,7 @@ def comfy_page(
     context = browser.new_context(viewport={"width": size[0], "height": size[1]})
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url)
     try:
-        one = ComfyPage(context.new_page(), server, vue_nodes)
+        one = ComfyPage(context.new_page(), server)
         one.open()
         yield one
     finally:

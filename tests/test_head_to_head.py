@@ -87,6 +87,7 @@ def test_labels_can_always_be_told_apart():
     assert names_of(" base ", "LoRA") == ("base", "LoRA")
     assert names_of("", " ") == ("A", "B")
     assert names_of("x", "x") == ("x 1", "x 2")
+    assert names_of("FLUX.1-dev\nloaded as bfloat16", "x\n") == ("FLUX.1-dev loaded as bfloat16", "x")
 
 
 def test_the_table_has_a_row_per_pair():

@@ -94,6 +94,15 @@ def test_lines_fit_their_width(width):
     assert plate("0.25", 20, max(1, width)).width <= max(1, width)
 
 
+def test_of_a_long_text_as_much_stays_as_fits():
+    """A description of thousands of letters, which may come by a link, too."""
+    text = "a description of a model with all of its settings and where it comes from " * 200
+    line, size = fitted(text, 300, 14, least=14)
+    kept = line.removesuffix("...")
+    assert size == 14 and text.startswith(kept)
+    assert text_width(line, size) <= 300 < text_width(f"{text[: len(kept) + 1]}...", size)
+
+
 def test_a_bar_never_cuts_its_right_text():
     long, short = (strip(200, 24, text, "wins  0.3021") for text in ("a name that goes on and on and on", "A"))
     assert torch.equal(long[:, :, 110:], short[:, :, 110:])

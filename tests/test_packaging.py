@@ -48,7 +48,9 @@ def test_the_oldest_comfyui_is_said_once():
     assert field("tool.comfy", "requires-comfyui") == f">={entry.COMFYUI_MINIMUM}"
     assert f'requires-python = ">={".".join(map(str, entry.PYTHON_MINIMUM))}"' in PYPROJECT
     tested = yaml.safe_load((ROOT / ".github/workflows/comfyui.yml").read_text(encoding="utf-8"))
-    assert f"v{entry.COMFYUI_MINIMUM}" in tested["jobs"]["comfyui"]["strategy"]["matrix"]["comfyui"]
+    jobs = tested["jobs"]["comfyui"]["strategy"]["matrix"]["include"]
+    oldest = next(job for job in jobs if job["comfyui"] == f"v{entry.COMFYUI_MINIMUM}")
+    assert oldest["python"] == ".".join(map(str, entry.PYTHON_MINIMUM))
 
 
 def test_the_registrys_archive_has_what_the_nodes_need():

@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 
 const WIDGET = "srpo_results";
 const MARGIN = 8;
+const SOCKET_HEIGHT = 24;
 const MOST_OF_A_NODE = 240; // pixels of height; what is longer scrolls, and shows as the node is made larger
 
 const STYLE = `
@@ -169,6 +170,16 @@ function nodeOf(key) {
   return graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
 }
 
+/** A text that comes through a link needs no more room than its socket: the rest is left to pictures and tables. */
+function shrinkLinkedTexts(node) {
+  for (const widget of node.widgets ?? []) {
+    if (widget.type !== "customtext" || !widget.options || widget.options.getMinHeight) continue;
+    const linked = () => node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
+    const height = () => (linked() ? SOCKET_HEIGHT : undefined);
+    Object.assign(widget.options, { getMinHeight: height, getMaxHeight: height });
+  }
+}
+
 const ours = (node) => Boolean(node?.type?.startsWith("SRPO"));
 
 function safely(node, output) {
@@ -188,9 +199,14 @@ app.registerExtension({
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!nodeData.name.startsWith("SRPO")) return;
-    const before = nodeType.prototype.onExecuted;
+    const { onNodeCreated, onExecuted } = nodeType.prototype;
+    nodeType.prototype.onNodeCreated = function () {
+      const result = onNodeCreated?.apply(this, arguments);
+      shrinkLinkedTexts(this);
+      return result;
+    };
     nodeType.prototype.onExecuted = function (output) {
-      const result = before?.apply(this, arguments);
+      const result = onExecuted?.apply(this, arguments);
       safely(this, output);
       return result;
     };

@@ -26,8 +26,9 @@ def question(parts):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A real server with this pack, shared by all tests."""
-    one = Server(tmp_path_factory.mktemp("comfyui"))
+    """A real server with this pack, shared by all tests; it knows nothing of this machine's Hugging Face cache."""
+    base = tmp_path_factory.mktemp("comfyui")
+    one = Server(base, environment={"HF_HUB_CACHE": str(base / "hub")})
     try:
         yield one.wait()
     finally:

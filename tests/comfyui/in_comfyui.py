@@ -1,29 +1,14 @@
-"""What ComfyUI's own loaders make of our files: a program that imports ComfyUI and nothing of ours.
-
-    python in_comfyui.py CHECKOUT FOLDER
+"""What ComfyUI's own loaders make of our files: see worker.py.
 
 FOLDER/job.json names the files ("transformer" and perhaps "lora", or "vae"; "saved": where ComfyUI shall save what it
-loaded), FOLDER/inputs.safetensors holds the tensors that both sides get. Written there: outputs.safetensors, and
-report.json with what ComfyUI logged on the way (level and message).
+loaded), FOLDER/inputs.safetensors holds the tensors that both sides get.
 """
 
 import inspect
-import json
-import logging
-import sys
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
-logged = []
-
-
-class Collector(logging.Handler):
-    """Keeps what is logged."""
-
-    def emit(self, record):
-        logged.append([record.levelno, record.getMessage()])
+from safetensors.torch import load_file
+from worker import serve
 
 
 def velocity(job, inputs):
@@ -70,24 +55,9 @@ def pictures(job, inputs):
     return {"decoded": decoded, "encoded": encoded}, {"dtype": str(vae.vae_dtype), "channels": vae.latent_channels}
 
 
-def main():
-    checkout, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    sys.path.insert(0, checkout)
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True  # before ComfyUI looks for devices
-    import comfy.sd  # what it says of the machine is said before what it says of our files
-
-    logging.getLogger().addHandler(Collector())
-    logging.getLogger().setLevel(logging.DEBUG)
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    inputs = load_file(folder / "inputs.safetensors")
-    with torch.inference_mode():
-        outputs, found = (pictures if "vae" in job else velocity)(job, inputs)
-    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, folder / "outputs.safetensors")
-    (folder / "report.json").write_text(json.dumps({**found, "logged": logged}), encoding="utf-8")
+def work(job, folder):
+    return (pictures if "vae" in job else velocity)(job, load_file(folder / "inputs.safetensors"))
 
 
 if __name__ == "__main__":
-    main()
+    serve(work)

@@ -1,4 +1,5 @@
-"""What ComfyUI's memory management does with our rewards: a program that imports ComfyUI and this pack.
+"""What the pack loads at ComfyUI's start, and what ComfyUI's memory management does with our rewards: a program that
+imports ComfyUI and this pack.
 
     python memory_in_comfyui.py CHECKOUT FOLDER
 
@@ -6,10 +7,13 @@ There is no GPU here. The card is a second name of the CPU, "cpu:0", which Comfy
 it is counted from what ComfyUI has loaded there. FOLDER/report.json then holds what happened in each scene.
 """
 
+import asyncio
 import gc
 import importlib.util
 import json
+import os
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -57,14 +61,21 @@ class Card:
 
 
 def load_pack():
+    """The pack's nodes, as ComfyUI gets them at its start."""
     spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
     pack = sys.modules["pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pack)
+
+    async def nodes():
+        return await (await pack.comfy_entrypoint()).get_node_list()
+
+    return asyncio.run(nodes())
 
 
 def main():  # one scene after the other
     checkout, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
+    os.environ["HF_HUB_CACHE"] = str(folder / "hub")
     sys.path.insert(0, checkout)
     import comfy.cli_args
 
@@ -80,7 +91,12 @@ def main():  # one scene after the other
         for name in (f"{i}.safetensors", f"{i}.txt"):
             (one / name).touch()
     folder_paths.add_model_folder_path("srpo_rewards", str(folders[0]))  # as extra_model_paths.yaml does, at start
-    load_pack()
+    for name in ("nodes", "comfy_api.latest"):  # what ComfyUI has loaded before it comes to custom nodes
+        importlib.import_module(name)
+    before, begin = set(sys.modules), time.process_time()
+    report["nodes"] = len(load_pack())
+    report["seconds"] = time.process_time() - begin
+    report["imported"] = sorted({name.split(".")[0] for name in set(sys.modules) - before})
     from pack.nodes.rewards import LoadReward, MixRewards
 
     from srpo_core.config import RewardConfig
@@ -244,6 +260,34 @@ def main():  # one scene after the other
                 reward(many, PROMPTS * 8)
         except management.InterruptProcessingException:
             return {"read": there, "loaded": card.loaded()}
+
+    @scene
+    def published():
+        """HPS v2.1 and PickScore, but narrow: found by `auto` in models/srpo_rewards and in the Hugging Face cache."""
+        sys.path.append(str(PACK / "tests"))
+        import tiny_clip
+        from safetensors.torch import save_file
+
+        from srpo_core.rewards import hpsv2, pickscore
+
+        hpsv2.ARCHITECTURE, pickscore.IMAGE_WIDTH = tiny_clip.register(folder), tiny_clip.VISION
+        state = tiny_clip.weights()
+        snapshot = folder / "hub" / "models--yuvalkirstain--PickScore_v1" / "snapshots" / "one"
+        tiny_clip.transformers_config().save_pretrained(snapshot)
+        save_file(tiny_clip.transformers_weights(state), snapshot / "model.safetensors")
+        (snapshot / "merges.txt").touch()
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("one")
+        paths = {
+            "hpsv2": tiny_clip.save_checkpoint(folders[1] / "HPS_v2.1_compressed.pt", state), "pickscore": snapshot,
+        }  # fmt: skip
+        found = {}
+        for name, fit in (("hpsv2", "pad"), ("pickscore", "crop")):
+            output = LoadReward.execute(name, "auto", "official", "auto", "when needed")
+            right = load_reward(RewardConfig(name=name, path=str(paths[name]), fit=fit), "cpu")(images, PROMPTS)
+            equal = bool(torch.allclose(score(output.args[0].reward), right, atol=1e-5)) and right.std().item() > 1e-4
+            found[name] = {"right": equal, "told": str(paths[name]) in output.ui["text"][0]}
+        return found
 
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from comfyui_side import needs_comfyui, start
+from comfyui_side import ask, needs_comfyui
 from flux_weights import TOY, original_shapes, original_vae_shapes, random_tensors
 from safetensors.torch import load_file, save_file
 from test_weights_flux import PREFIX, scaled_toy, toy
@@ -23,7 +23,7 @@ SCHNELL = original_shapes(**TOY | {"guidance": False})
 def in_comfyui(folder, job, inputs):
     (folder / "job.json").write_text(json.dumps({name: str(path) for name, path in job.items()}), encoding="utf-8")
     save_file(inputs, folder / "inputs.safetensors")
-    start("in_comfyui.py", folder)
+    ask("in_comfyui.py", folder)
     return load_file(folder / "outputs.safetensors")
 
 

@@ -51,8 +51,8 @@ def files(server):
     weights = {name: weight_by_rule(name, shape) for name, shape in shapes if "position_ids" not in name}
     torch.save(weights, own / "ImageReward.pt")
     yield folder
-    shutil.rmtree(folder)
-    shutil.rmtree(encoders / "narrow")
+    for path in (*folder.iterdir(), encoders / "narrow"):  # ComfyUI misses folders themselves, which it has listed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def loader(reward, file="auto", **more):
@@ -142,6 +142,7 @@ def test_a_missing_file_is_told_before_anything_runs(server, image):
     """With the folders looked in, what to put where, and a command that gets it."""
     for message in refusal(server, reward=loader("hpsv2")):
         assert f"{server.base / 'models' / 'srpo_rewards'} nor in the Hugging Face cache" in message
+        assert f"cache ({server.base / 'hub'})" in message
         assert "HPS_v2.1_compressed.pt of https://huggingface.co/xswu/HPSv2 into models/srpo_rewards" in message
         assert f'__main__.py" download hpsv2 --to comfyui "{server.base}"' in message
     (message, *_) = refusal(server, reward=loader("hpsv2", "gone.pt"))

@@ -1,9 +1,16 @@
-"""Rewards under ComfyUI's own memory management: loaded whole, evicted whole, let go; the scores stay the same."""
+"""What the pack loads at ComfyUI's start, and rewards under its own memory management.
+
+They are loaded whole, evicted whole, let go; the scores stay the same.
+"""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from comfyui_side import needs_comfyui, start
+from comfyui_side import CHECKOUT, needs_comfyui
 
 pytestmark = needs_comfyui
 
@@ -11,7 +18,12 @@ pytestmark = needs_comfyui
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
-    start("memory_in_comfyui.py", folder)
+    program = Path(__file__).parent / "memory_in_comfyui.py"
+    done = subprocess.run(
+        [sys.executable, str(program), str(Path(CHECKOUT).resolve()), str(folder)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
@@ -19,6 +31,18 @@ def report(tmp_path_factory):
 def whole(report):
     """How a reward looks that is on the card with all of its bytes."""
     return ["RewardWeights", report["size"], report["size"]]
+
+
+def test_the_start_loads_nothing_slow(report):
+    """Beside what ComfyUI itself has loaded by then."""
+    print(f"{report['seconds']:.2f} s of a processor for {report['nodes']} nodes; imported {report['imported']}")
+    assert report["nodes"] == 12
+    slow = {"diffusers", "transformers", "peft", "open_clip", "accelerate", "matplotlib", "tensorboard", "rich"}
+    assert "srpo_core" in report["imported"] and not slow & set(report["imported"])
+
+
+def test_published_rewards_are_found_and_score_as_the_engine(report):
+    assert report["published"] == {name: {"right": True, "told": True} for name in ("hpsv2", "pickscore")}
 
 
 def test_the_right_scores_in_every_scene(report):

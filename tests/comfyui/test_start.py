@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_every_node_and_socket_is_explained(server):
         for socket, (_, *options) in sockets.items():
             assert options and options[0].get("tooltip"), f"{name}.{socket} has no tooltip"
         assert len(node["output_tooltips"]) == len(node["output"]) and all(node["output_tooltips"]), name
+
+
+@pytest.mark.parametrize("kind", ["srpo_rewards", "text_encoders", "loras"])
+def test_a_folder_that_is_removed_while_it_runs_stops_nothing(server, kind):
+    """ComfyUI's lists of files fail then, and with them whatever asks for the choices of a widget."""
+    folder = server.base / "models" / kind / "gone"
+    folder.mkdir(parents=True)
+    server.object_info()
+    shutil.rmtree(folder)
+    assert "SRPOLoadReward" in server.object_info() and "SRPOLoadLoRA" in server.object_info()
+    result = server.run(SCORED)
+    assert result.status == "success", result.error
 
 
 def test_a_run_writes_into_comfyuis_folders_only(start, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_side import CHECKOUT, needs_comfyui, start
+from comfyui_side import CHECKOUT, ask, needs_comfyui
 from safetensors.torch import load_file
 from tiny_text import clip_tensors, plain_fp8, save, scaled_fp8, t5_tensors, tiny_clip, tiny_t5
 
@@ -41,7 +41,7 @@ LONG = "a very long description of many things, " * 80
 def numbers(job, texts):
     """What ComfyUI wrote: (ids by tokenizer, tensors)."""
     (job / "job.json").write_text(json.dumps({**json.loads((job / "job.json").read_text()), "texts": texts}))
-    start("text_in_comfyui.py", job)
+    ask("text_in_comfyui.py", job)
     report = json.loads((job / "report.json").read_text(encoding="utf-8"))
     assert [message for level, message in report["logged"] if level >= logging.WARNING] == []
     return json.loads((job / "ids.json").read_text(encoding="utf-8")), load_file(job / "outputs.safetensors")

@@ -1,28 +1,13 @@
-"""What ComfyUI makes of texts with our text encoders' files: a program that imports ComfyUI and nothing of ours.
-
-    python text_in_comfyui.py CHECKOUT FOLDER
+"""What ComfyUI makes of texts with our text encoders' files: see worker.py.
 
 FOLDER/job.json names the files ("clip", "t5"), their configurations ("clip_config", "t5_config") and the texts. Written
-there: ids.json (each text's ids of both tokenizers), outputs.safetensors (pooled [B, P], tokens [B, 512, D]) and
-report.json with what ComfyUI logged.
+there: ids.json (each text's ids of both tokenizers), and the tensors pooled [B, P] and tokens [B, 512, D].
 """
 
 import json
-import logging
-import sys
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
-logged = []
-
-
-class Collector(logging.Handler):
-    """Keeps what is logged."""
-
-    def emit(self, record):
-        logged.append([record.levelno, record.getMessage()])
+from worker import serve
 
 
 def encode(job):
@@ -46,23 +31,11 @@ def encode(job):
     return ids, {"pooled": torch.cat(pooled), "tokens": torch.cat(tokens)}
 
 
-def main():
-    checkout, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    sys.path.insert(0, checkout)
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True  # before ComfyUI looks for devices
-    import comfy.sd
-
-    logging.getLogger().addHandler(Collector())
-    logging.getLogger().setLevel(logging.DEBUG)
-    with torch.inference_mode():
-        ids, outputs = encode(json.loads((folder / "job.json").read_text(encoding="utf-8")))
+def work(job, folder):
+    ids, outputs = encode(job)
     (folder / "ids.json").write_text(json.dumps(ids), encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, folder / "outputs.safetensors")
-    (folder / "report.json").write_text(json.dumps({"logged": logged}), encoding="utf-8")
+    return outputs, {}
 
 
 if __name__ == "__main__":
-    main()
+    serve(work)
