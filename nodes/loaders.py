@@ -218,8 +218,17 @@ class Miniature(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         exact = torch.float32
         model = comfy.sd.load_diffusion_model_state_dict(_shipped("transformer"), model_options={"dtype": exact})
+        _own_preview_colours(model)
         vae = comfy.sd.VAE(sd=taesd_comfyui(_shipped("vae"), scale=1.0, shift=0.0), dtype=exact)
         return io.NodeOutput(model, miniature_clip(), vae)
+
+
+def _own_preview_colours(model: ModelPatcher) -> None:
+    """Live previews in the miniature's colours: its latents are others than FLUX's, though they are scaled alike."""
+    latents = model.model.latent_format  # this model's own object
+    latents.latent_rgb_factors = [list(row) for row in miniature.PREVIEW_COLOURS]
+    latents.latent_rgb_factors_bias = list(miniature.PREVIEW_COLOUR_BIAS)
+    latents.taesd_decoder_name = None
 
 
 def _shipped(part: str) -> dict[str, torch.Tensor]:
