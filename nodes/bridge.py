@@ -32,8 +32,9 @@ Conditioning = list[list[Any]]
 
 
 def to_engine(images: Tensor) -> Tensor:
-    """ComfyUI's images [B, H, W, 3 or more] -> [B, 3, H, W], float32."""
-    return images[..., :3].movedim(-1, 1).float()
+    """ComfyUI's images [B, H, W, 3 or more, or 1 of grey] -> [B, 3, H, W], float32."""
+    colours = images[..., :3].movedim(-1, 1).float()
+    return colours.expand(-1, 3, -1, -1) if colours.shape[1] == 1 else colours
 
 
 def to_comfy(images: Tensor) -> Tensor:
@@ -54,8 +55,14 @@ def require_flow_model(model: ModelPatcher, name: str = "model") -> None:
 def latent_shape(model: ModelPatcher, latent: Mapping[str, Any]) -> Sequence[int]:
     """(C, h, w) of what a MODEL draws for a LATENT: the MODEL's channels, and as many pixels as the LATENT asks for.
 
-    ComfyUI's empty LATENTs tell how many pixels each of their values stands for (`downscale_ratio_...`).
+    ComfyUI's empty LATENTs tell how many pixels each of their values stands for (`downscale_ratio_...`). ConfigError
+    for the LATENT of a video or of sound where the MODEL draws pictures.
     """
+    if latent["samples"].ndim != 4 and model.model.latent_format.latent_dimensions == 2:
+        raise ConfigError(
+            "latent: it is no picture's, but that of a video or of sound, and this MODEL draws pictures; connect"
+            " EmptySD3LatentImage"
+        )
     ratios = {name: value for name, value in latent.items() if name.startswith(RATIO)}
     return comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(latent["samples"]), **ratios).shape[1:]
 

@@ -64,7 +64,7 @@ class HeldReward:
         self.name, self.reward, self.module, self.after_use = name, reward, reward.module, after_use
         self.reads_prompts = getattr(reward, "reads_prompts", True)
         self.weights = RewardWeights(reward.module)
-        self.patcher = self._patcher(device)
+        self.patcher = self._chosen = self._patcher(device)
         self._uses, self._on_pictures = 0, None
 
     def _patcher(self, device: torch.device) -> WholePatcher:
@@ -97,11 +97,13 @@ class HeldReward:
             yield
         finally:
             self._uses, self._on_pictures = self._uses - 1, before
-            if self.after_use and not self._uses:
-                self.unload()
+            if not self._uses:
+                if self.after_use:
+                    self.unload()
+                self.patcher = self._chosen
 
     def load(self) -> torch.device:
-        """Bring the weights to its device, which is returned; to the CPU, from now on, if they find no room there."""
+        """Bring the weights to its device, which is returned; to the CPU, for this use, if they find no room there."""
         try:
             management.load_models_gpu([self.patcher], force_full_load=True)
         except Exception as error:

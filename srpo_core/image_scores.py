@@ -17,9 +17,9 @@ from srpo_core.rewards.mixture import MixedReward
 def prompts_for(text: str, count: int, one_per_line: bool) -> list[str]:
     """The prompts of `count` pictures: the whole text for each, or a line for each; a single line serves them all.
 
-    Lines without text don't count. ConfigError if there are neither one nor `count` of them.
+    Lines without text don't count; no text at all is an empty prompt for each. ConfigError for another number of lines.
     """
-    if not one_per_line:
+    if not one_per_line or not text.strip():
         return [text.strip()] * count
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) not in (1, count):

@@ -69,7 +69,7 @@ class Server:
         self.base, self.client, self.run_limit = base, uuid.uuid4().hex, run_limit
         nodes = base / "custom_nodes"
         nodes.mkdir(parents=True, exist_ok=True)
-        (base / "user").mkdir(exist_ok=True)  # ComfyUI's database lies there
+        (base / "user").mkdir(exist_ok=True)  # for ComfyUI's database, which 0.9.0 looks for in its checkout
         if not (nodes / NAME).exists():
             (nodes / NAME).symlink_to(PACK, target_is_directory=True)
         with socket.socket() as free:
@@ -78,7 +78,7 @@ class Server:
         command = [
             sys.executable, str(Path(CHECKOUT).resolve() / "main.py"), *device, "--listen", "127.0.0.1",
             "--port", str(self.port), "--base-directory", str(base), "--disable-api-nodes", "--preview-method", "auto",
-            *arguments,
+            "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}", *arguments,
         ]  # fmt: skip
         self._log = (base / "server.log").open("w+b")
         environment = {**os.environ, "PYTHONPATH": "", **(environment or {})}

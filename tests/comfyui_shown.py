@@ -34,3 +34,11 @@ def assert_alike(pictures, expected):
     assert len(pictures) == len(expected)
     for picture, image in zip(pictures, expected, strict=True):
         assert np.abs(picture - np.array(to_pil(image)).astype(int)).max() <= 1
+
+
+def assert_same_numbers(found, columns, rows):
+    """A table under a node and the engine's: decibels come with two decimals, all else with four or more."""
+    assert found["columns"] == columns and len(found["rows"]) == len(rows)
+    for row, wanted in zip(found["rows"], rows, strict=True):
+        for column, value, right in zip(columns, row, wanted, strict=True):
+            assert abs(value - right) < (0.011 if column.endswith(" dB") else 5e-4), (column, value, right)

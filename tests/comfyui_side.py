@@ -36,6 +36,16 @@ def complains(level, message):
     return level >= logging.WARNING or message.lower().startswith(("left over", "leftover"))
 
 
+def start(program, folder):
+    """Run a program of tests/comfyui, which imports ComfyUI and this pack, to its end; it writes into a folder."""
+    path = Path(__file__).parent / "comfyui" / program
+    done = subprocess.run(
+        [sys.executable, str(path), str(Path(CHECKOUT).resolve()), str(folder)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def ask(program, folder):
     """Have a program of tests/comfyui do the job in a folder; it stays for the next one (comfyui/worker.py)."""
     if program not in _WORKERS or _WORKERS[program].poll() is not None:

@@ -115,6 +115,14 @@ def test_exact_forms_draw_the_same_picture(server, models, base, file, weights, 
     assert apart(pixels, base) <= LEVEL
 
 
+def test_files_of_all_folders_are_offered(server, models):
+    """Those of models/unet and of subfolders too, as soon as they are there."""
+    info = server.get("/object_info/SRPOLoadCheckpoint")["SRPOLoadCheckpoint"]
+    _, options = info["input"]["required"]["checkpoint"]
+    shard = os.path.join("shards", "mini-00001-of-00002.safetensors")
+    assert {"in-unet.safetensors", "mini-comfyui-float32.safetensors", shard} <= set(options["options"])
+
+
 def test_scaled_fp8_is_read_in_any_form(server, models, base):
     file = "mini-comfyui-scaled-fp8.safetensors"
     stored, text = drawn(server, checkpoint(file))

@@ -4,13 +4,9 @@ They are loaded whole, evicted whole, let go; the scores stay the same.
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from comfyui_side import CHECKOUT, needs_comfyui
+from comfyui_side import needs_comfyui, start
 
 pytestmark = needs_comfyui
 
@@ -18,12 +14,7 @@ pytestmark = needs_comfyui
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
-    program = Path(__file__).parent / "memory_in_comfyui.py"
-    done = subprocess.run(
-        [sys.executable, str(program), str(Path(CHECKOUT).resolve()), str(folder)],
-        cwd=folder, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    start("memory_in_comfyui.py", folder)
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
@@ -81,6 +72,10 @@ def test_after_use_it_leaves_the_card(report, whole):
 @pytest.mark.parametrize("name", ["too_small", "cpu", "novram", "no_room_after_all"])
 def test_without_room_it_scores_on_the_cpu(report, name):
     assert report[name]["device"] == "cpu" and report[name]["loaded"] == []
+
+
+def test_a_card_that_was_full_once_is_tried_again(report, whole):
+    assert report["no_room_after_all"]["loaded_again"] == [whole]
 
 
 def test_unloading_all_models_takes_it_too(report, whole):

@@ -21,8 +21,8 @@ from srpo_core.sampling import SampleSettings, sample
 
 pytestmark = needs_comfyui
 SEED, STEPS, SHIFT, GUIDANCE = 11, 6, 3.0, 3.5
-SAME = 2e-5
-"""Relative, of latents: rounding of float32 over all steps."""
+SAME = 5e-6
+"""Relative, of latents: rounding of float32 over all steps. Measured: 8e-7."""
 NUMBERS = itertools.count()
 """No graph of a test is cached for another."""
 
@@ -223,3 +223,11 @@ def test_a_masked_latent_is_refused_with_a_way_out(server):
     assert result.status == "error"
     assert "noise mask" in result.error
     assert "KSampler" in result.error
+
+
+def test_the_latent_of_a_video_is_refused_with_a_way_out(server):
+    video = {"video": node("EmptyHunyuanLatentVideo", width=128, height=128, length=5, batch_size=1)}
+    result = server.run({**miniature(), **video, "draw": sampler(1, ["video", 0]), "kept": saved(["draw", 0])})
+    assert result.status == "error"
+    assert "video" in result.error
+    assert "EmptySD3LatentImage" in result.error

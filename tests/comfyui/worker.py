@@ -2,9 +2,9 @@
 
     python ..._in_comfyui.py CHECKOUT
 
-Folders come as lines on the standard input, and a line END on the standard output says that one is done. FOLDER/job.json
-says what to do. Left there: what the job writes, outputs.safetensors and report.json with what ComfyUI logged on the way
-(level and message); or error.txt.
+Folders come as lines on the standard input, and a line END on the standard output says that one is done.
+FOLDER/job.json says what to do. Left there: what the job writes, outputs.safetensors and report.json with what ComfyUI
+logged on the way (level and message); or error.txt.
 """
 
 import json
