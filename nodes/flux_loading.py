@@ -127,6 +127,17 @@ def _scaled(part: Part) -> Part:
 
 
 def _load(part: Part, weights: str) -> ModelPatcher:
+    try:
+        return _load_as(part, weights)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        first = str(error).splitlines()[-1].strip()
+        reason = f"has other shapes than ComfyUI's FLUX: {first}"
+        raise WeightsError("checkpoint", part.file.path, reason, "choose a model of the FLUX.1 family") from error
+
+
+def _load_as(part: Part, weights: str) -> ModelPatcher:
     stored = part.contents.quantisation
     options: dict[str, Any] = {}
     if weights in DTYPES:

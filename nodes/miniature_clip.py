@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from comfy.sd1_clip import SDClipModel, escape_important, token_weights, unescape_important
 
 from srpo_core.miniature import WEIGHTS
-from srpo_core.miniature.captions import MAX_TOKENS, VOCABULARY, tokenize
+from srpo_core.miniature.captions import MAX_TOKENS, VOCABULARY, tokenize, unknown_words
 
 START, END, PAD = (VOCABULARY.index(word) for word in ("<start>", "<end>", "<pad>"))
 Tokens = dict[str, list[list[tuple[Any, ...]]]]
@@ -69,7 +70,10 @@ class _Tokenizer:
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> Tokens:
         words: list[tuple[int, float]] = []
         for part, weight in token_weights(escape_important(text), 1.0):
-            ids = tokenize(unescape_important(part))
+            part = unescape_important(part)
+            if unknown := unknown_words(part):
+                logging.warning("SRPO Miniature: its small world has no %s: not drawn", ", ".join(unknown))
+            ids = tokenize(part)
             words += [(word, weight) for word in ids[1 : ids.index(END)]]
         pairs = [(START, 1.0), *words[: MAX_TOKENS - 2], (END, 1.0)]
         pairs += [(PAD, 1.0)] * (MAX_TOKENS - len(pairs))

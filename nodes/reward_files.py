@@ -93,7 +93,8 @@ def _missing(reward: str) -> str:
     put = "; ".join(f"{', '.join(names)} {whence}" for whence, names in wanted.items())
     return (
         f"file='{AUTO}': the reward {reward!r} ({entry.what}) is neither in {looked}."
-        f" Put {put}; or run: {download_command(reward)}"
+        f" Put {put}; or run: {download_command(reward)}. For pictures of SRPO Miniature choose the reward"
+        f" {BUILT_IN!r}, which needs no file"
     )
 
 

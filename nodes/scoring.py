@@ -97,13 +97,11 @@ class RelativeScore(io.ComfyNode):
                 widget(
                     RewardConfig,
                     "liked",
-                    multiline=True,
                     tooltip="Words for what you like, put before the prompt one at a time; commas or lines between.",
                 ),
                 widget(
                     RewardConfig,
                     "disliked",
-                    multiline=True,
                     tooltip="Words for what you don't like, used in the same way.",
                 ),
             ],
@@ -128,6 +126,7 @@ class RelativeScore(io.ComfyNode):
             relative_rows,
             score_batch,
             summary,
+            unheard,
         )
         from srpo_core.lettering import with_scores
 
@@ -138,7 +137,7 @@ class RelativeScore(io.ComfyNode):
         with reward.on_device(counted(reward, len(pictures))) as (scorer, _):
             found = score_batch(scorer, pictures, prompts, chosen)
         relative = found["relative"]
-        note = summary(relative, "relative score")
+        note = summary(relative, "relative score") + unheard(found)
         told = table(f"Relative scores by {reward.name}", *relative_rows(found, chosen), note=note)
         drawn = bridge.to_comfy(with_scores(pictures, relative, sign=True))
         return io.NodeOutput(relative, as_text(told), ui=shown(cls, [told], drawn))

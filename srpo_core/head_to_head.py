@@ -134,8 +134,8 @@ class Comparison:
         """What was found, in a sentence or two."""
         if max(self.changes) == 0:
             return (
-                f"{self.labels[0]} and {self.labels[1]} drew the same pictures, bit for bit: is the LoRA connected, and"
-                " its strength other than 0?"
+                f"{self.labels[0]!r} and {self.labels[1]!r} drew the same pictures, bit for bit: is the LoRA connected,"
+                " and its strength other than 0?"
             )
         if self.first is None:
             return "No reward is connected: which picture is better is for you to say."

@@ -106,6 +106,14 @@ def relative_rows(scores: Scores, words: ControlWords) -> tuple[list[str], list[
     return columns, [[i + 1, *numbers] for i, numbers in enumerate(zip(*values, strict=True))]
 
 
+def unheard(scores: Scores) -> str:
+    """A sentence where no word changed any score, as with words that a reward doesn't know; else nothing."""
+    worded = [scores[name] for name in scores if name.startswith(WORD)]
+    if any(value != worded[0][i] for values in worded for i, value in enumerate(values)):
+        return ""
+    return " No word changes a score: this reward may not know them; try others."
+
+
 def summary(values: Sequence[float], what: str = "score") -> str:
     """How many pictures, their mean and the best, in a sentence."""
     best = max(range(len(values)), key=values.__getitem__)

@@ -17,6 +17,7 @@ from srpo_core.image_scores import (
     score_batch,
     score_rows,
     summary,
+    unheard,
 )
 from srpo_core.rewards.mixture import MixedReward, WeightedReward
 
@@ -39,6 +40,12 @@ def test_a_text_serves_every_picture_and_lines_serve_one_each():
     with pytest.raises(ConfigError, match="2 lines for 3 pictures"):
         prompts_for("a cat\na dog", 3, one_per_line=True)
     assert prompts_for(" \n", 3, one_per_line=True) == [""] * 3
+
+
+def test_words_that_change_nothing_are_told():
+    same = {"reward": [0.2, 0.4], "relative": [0.0, 0.0], "word:a": [0.2, 0.3], "word:b": [0.2, 0.3]}
+    assert "No word changes a score" in unheard(same)
+    assert unheard(same | {"word:b": [0.2, 0.31]}) == ""
 
 
 def test_scores_are_the_reward_s_own():

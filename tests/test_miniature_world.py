@@ -18,6 +18,7 @@ from srpo_core.miniature.captions import (
     random_scene,
     random_scenes,
     tokenize,
+    unknown_words,
 )
 from srpo_core.miniature.judge import place_matches
 from srpo_core.miniature.looks import SCALE, calibrate, look, raw_look
@@ -152,3 +153,9 @@ def test_each_quantity_answers_to_its_own_change():
     assert raw_look(red)["natural_colour"] < plain["natural_colour"] - 0.7
     assert raw_look(grey + slope)["natural_colour"] == pytest.approx(0, abs=1e-6)
     assert look(torch.cat([grey, red]))["look"].diff() < 0
+
+
+def test_words_outside_the_world_are_named():
+    assert unknown_words("A cinematic red ball, 8k. in a meadow, cinematic") == ["cinematic", "8k"]
+    assert all(not unknown_words(scene.caption()) for scene in random_scenes(200, seed=3))
+    assert all(not unknown_words(f"{word}. two blue stars at night") for word in LOOK_WORDS)

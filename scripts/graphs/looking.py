@@ -34,7 +34,7 @@ def score_images(graph: Graph, world: World) -> None:
     shared = {"images": images, "prompt": prompt}
     graph.add("SRPOScoreImages", {**shared, "reward": reward}, width=460, height=720)
     graph.group("3  Which words they lean to", VIOLET)
-    graph.add("SRPORelativeScore", {**shared, "reward": reward}, width=480, height=720)
+    graph.add("SRPORelativeScore", {**shared, "reward": reward}, width=480, height=650)
     graph.row()
     graph.group("4  Two rewards as one" + ("" if world.miniature else OFF), BLUE, ALWAYS if world.miniature else NEVER)
     other = world.load_reward(graph, "miniature" if world.miniature else "pickscore")
@@ -123,6 +123,6 @@ def compare_lora(graph: Graph, world: World) -> None:
     for side, title in (("images_a", "Without the LoRA"), ("images_b", "With the LoRA")):
         graph.column()
         given = {"reward": reward, "images": pairs.out(side), "prompt": prompt}
-        graph.add("SRPORelativeScore", given, title=f"{title} (SRPO Relative Score)", width=480, height=830)
+        graph.add("SRPORelativeScore", given, title=f"{title} (SRPO Relative Score)", width=480, height=770)
     graph.group("5  Keep the pairs", GREEN)
     save(graph, pairs.out("side_by_side"), world, "compare", width=520, height=560)

@@ -154,11 +154,20 @@ VOCABULARY = (
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that the small world has none of, in order, each once."""
+    return list(dict.fromkeys(word for word in _words(prompt) if word not in _IDS))
+
+
+def _words(prompt: str) -> list[str]:
+    return prompt.lower().replace(".", " ").replace(",", " ").split()
+
+
 def tokenize(prompt: str) -> list[int]:
     """MAX_TOKENS token ids: a start, the prompt's words, an end (the largest id, where CLIP pools) and padding.
 
     Words outside the small world become <unknown>; a longer prompt is cut.
     """
-    words = prompt.lower().replace(".", " ").replace(",", " ").split()[: MAX_TOKENS - 2]
+    words = _words(prompt)[: MAX_TOKENS - 2]
     ids = [_IDS["<start>"], *(_IDS.get(word, _IDS["<unknown>"]) for word in words), _IDS["<end>"]]
     return ids + [_IDS["<pad>"]] * (MAX_TOKENS - len(ids))
