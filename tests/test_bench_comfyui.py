@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -15,7 +16,7 @@ sys.path.append(str(ROOT / "scripts"))
 import bench_comfyui  # noqa: E402
 import bench_comfyui_run as run  # noqa: E402
 from bench_comfyui_files import named  # noqa: E402
-from bench_comfyui_memory import GIB, Watch, process_memory, process_seconds  # noqa: E402
+from bench_comfyui_memory import Watch, process_memory, process_seconds  # noqa: E402
 
 GRAPH = {
     "1": {"class_type": "RandomNoise", "inputs": {"noise_seed": 42}},
@@ -83,12 +84,16 @@ def test_memory_of_a_process_is_seen():
         def used(self):
             return None
 
-    before = process_memory(os.getpid())
-    watch = Watch(NoDevice(), os.getpid())
-    held = torch.ones(GIB // 16)  # a quarter of a GiB
-    row = watch.stop()
-    assert set(row) == {"server_peak_gib"} and process_memory(os.getpid()) >= before + 0.2
-    assert process_seconds(os.getpid()) > 0 and held.sum() > 0
+    code = "held = bytearray(b'x') * 2**28; print(flush=True); input()"  # a quarter of a GiB
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        watch = Watch(NoDevice(), process.pid)
+        memory, seconds = process_memory(process.pid), process_seconds(process.pid)
+        row = watch.stop()
+        process.communicate(b"\n")
+    assert 0.25 <= memory < 0.4 and seconds > 0
+    assert row == {"server_peak_gib": pytest.approx(memory, abs=0.05)}
+    assert process_memory(process.pid) == process_seconds(process.pid) == 0
 
 
 def test_names_get_the_prefix_that_comfyui_knows_once():

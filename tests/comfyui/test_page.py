@@ -179,12 +179,17 @@ def test_a_text_that_comes_by_a_link_takes_no_room(scored):
     page, _ = scored
     node = next(one["id"] for one in read(SCORES)["nodes"] if one["type"] == "SRPORelativeScore")
     page.look_at(node)
-    heights = page.page.evaluate(
-        """(id) => Object.fromEntries(
-          app.graph.getNodeById(id).widgets.map((widget) => [widget.name, widget.computedHeight]))""",
+    height = """(id) => app.graph.getNodeById(id).widgets.find((widget) => widget.name === "prompt").computedHeight"""
+    assert page.page.evaluate(height, node) == 24
+    page.page.evaluate(
+        """(id) => {
+          const node = app.graph.getNodeById(id);
+          node.disconnectInput(node.inputs.findIndex((input) => input.name === "prompt"));
+        }""",
         node,
     )
-    assert heights["prompt"] == 24 and heights["liked"] >= 50 and heights["disliked"] >= 50
+    page.look_at(node)
+    assert page.page.evaluate(height, node) >= 50
 
 
 def test_the_wheel_zooms_until_results_are_clicked_on(scored):
