@@ -196,10 +196,12 @@ def _score(reward: str, images: list[object]) -> Row:
 
 def _score_graph(reward: str, offload: str, amount: int) -> Graph:
     return {
-        "1": {"class_type": "LoadImage", "inputs": {"image": "example.png"}},
-        "2": {"class_type": "RepeatImageBatch", "inputs": {"image": ["1", 0], "amount": amount}},
-        "3": _load_reward(reward, offload),
-        "4": _score("3", ["2", 0]),
+        "1": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 1280, "height": 720, "batch_size": amount, "color": 0x708090},
+        },
+        "2": _load_reward(reward, offload),
+        "3": _score("2", ["1", 0]),
     }
 
 
