@@ -13,10 +13,15 @@ from srpo_core.description import load_run
 from srpo_core.metrics import read_metrics
 from srpo_core.run_state import is_alive, log_tail, read_state, write_state
 
-QUICK = (
-    "data.batch_size=1 rollout.num_steps=2 output.preview_every=0 output.evaluate_prompts=0 output.tensorboard=false"
-    " output.checkpoint_every=100 optim.schedule=constant"
-).split()
+QUICK = [
+    "data.batch_size=1",
+    "rollout.num_steps=2",
+    "output.preview_every=0",
+    "output.evaluate_prompts=0",
+    "output.tensorboard=false",
+    "output.checkpoint_every=100",
+    "optim.schedule=constant",
+]
 LIMIT = 120
 """Seconds in which a short run on a busy machine is done."""
 
