@@ -31,10 +31,8 @@ def start(config: RunConfig, resume: bool = False, environment: Mapping[str, str
     The description is run.json there. ConfigError if the run can't start there, or is at work already.
     """
     run_dir = Path(config.output.dir)
+    check_idle(config)
     check_start(config, resume)
-    state = read_state(run_dir)
-    if state is not None and state.pid != os.getpid() and is_alive(state):
-        raise ConfigError(f"output.dir={config.output.dir!r}: process {state.pid} is at work on this run")
     run_dir.mkdir(parents=True, exist_ok=True)
     run_file = run_dir / "run.json"
     write_atomic(run_file, config.model_dump_json(indent=1))
@@ -47,6 +45,16 @@ def start(config: RunConfig, resume: bool = False, environment: Mapping[str, str
         )  # fmt: skip
     write_state(run_dir, "starting", config.optim.steps, process.pid)
     return process.pid
+
+
+def check_idle(config: RunConfig) -> None:
+    """ConfigError if a process works on the run already."""
+    state = read_state(Path(config.output.dir))
+    if state is not None and state.pid != os.getpid() and is_alive(state):
+        raise ConfigError(
+            f"output.dir={config.output.dir!r}: process {state.pid} is at work on this run; stop it first, or name"
+            " another folder"
+        )
 
 
 def _apart() -> dict[str, object]:

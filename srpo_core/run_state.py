@@ -16,6 +16,7 @@ from typing import Literal
 
 import psutil
 
+from srpo_core.config import ConfigError
 from srpo_core.files import write_atomic
 from srpo_core.metrics import read_metrics
 
@@ -27,6 +28,8 @@ STOP_FILE = "stop"
 LOG_FILE = "train.log"
 """What a run in the background prints."""
 TAIL_BYTES = 8192
+PACE = 8
+"""Steps that the time left is guessed by."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,24 @@ def stop_asked(run_dir: Path) -> bool:
 def clear_stop(run_dir: Path) -> None:
     """Forget that someone asked."""
     (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+def describe(run_dir: Path) -> list[str]:
+    """A run's state in words: a line, and below it why it failed. ConfigError where there is no run."""
+    state = read_state(run_dir)
+    if state is None:
+        raise ConfigError(f"{run_dir} holds no {FILE}: no run has trained there")
+    line = f"{run_dir}: {state.status}, step {state.step} of {state.steps}"
+    left = seconds_left(run_dir, state)
+    if left is not None:
+        line += f", about {round(left) // 60}:{round(left) % 60:02d} left (process {state.pid} on {state.host})"
+    return [line, *(f"  {text}" for text in state.error.splitlines())]
+
+
+def seconds_left(run_dir: Path, state: RunState) -> float | None:
+    """Seconds until a run at work is done, at the pace of its last steps; None where there is none to go by."""
+    took = [line["seconds"]["total"] for line in read_metrics(run_dir) if line["step"] and "seconds" in line][-PACE:]
+    return sum(took) / len(took) * (state.steps - state.step) if took and state.active else None
 
 
 def log_tail(run_dir: Path, lines: int = 20) -> list[str]:

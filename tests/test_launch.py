@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from srpo_core import launch
+from srpo_core import cli, launch
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.config import ConfigError
 from srpo_core.description import load_run
@@ -14,14 +14,9 @@ from srpo_core.metrics import read_metrics
 from srpo_core.run_state import is_alive, log_tail, read_state, write_state
 
 QUICK = [
-    "data.batch_size=1",
-    "rollout.num_steps=2",
-    "output.preview_every=0",
-    "output.evaluate_prompts=0",
-    "output.tensorboard=false",
-    "output.checkpoint_every=100",
-    "optim.schedule=constant",
-]
+    "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=0", "output.evaluate_prompts=0",
+    "output.tensorboard=false", "output.checkpoint_every=100", "optim.schedule=constant",
+]  # fmt: skip
 LIMIT = 120
 """Seconds in which a short run on a busy machine is done."""
 
@@ -120,3 +115,27 @@ def test_words_of_the_command_reach_it_as_they_are(tmp_path):
     launch.start(run(odd, 1))
     assert until(odd, ended).status == "finished"
     assert not (tmp_path / "x").exists()
+
+
+def test_the_commands(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["train", "miniature", *QUICK, "optim.steps=500", f"output.dir={folder}"]
+    assert cli.main([*words, "--background"]) == 0
+    said = capsys.readouterr().out
+    assert "The run is fine to start" in said
+    assert f" stop {folder}\n" in said
+    until(folder, lambda state: state.step >= 1)
+    assert cli.main(["status", str(folder)]) == 0
+    assert " left (process " in capsys.readouterr().out
+    assert cli.main([*words, "--background", "--resume"]) == 2
+    assert "is at work on this run" in capsys.readouterr().err
+    assert cli.main(["stop", str(folder), "--patience", str(LIMIT)]) == 0
+    assert f"{folder}: stopped, step " in capsys.readouterr().out
+    assert cli.main(["status", str(tmp_path)]) == 2
+    assert "no run has trained there" in capsys.readouterr().err
+
+
+def test_the_reason_of_a_failure_is_told(tmp_path, capsys):
+    write_state(tmp_path, "failed", 10, error="the disk\nis full")
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: failed, step 0 of 10\n  the disk\n  is full\n"
