@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -43,7 +44,9 @@ def start(config: RunConfig, resume: bool = False, environment: Mapping[str, str
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})}, **_apart(),
         )  # fmt: skip
-    write_state(run_dir, "starting", config.optim.steps, process.pid)
+    state = read_state(run_dir)
+    if state is None or state.pid != process.pid:  # it may have begun to tell of itself
+        write_state(run_dir, "starting", config.optim.steps, process.pid)
     return process.pid
 
 
@@ -65,7 +68,10 @@ def _apart() -> dict[str, object]:
 
 
 def stop(run_dir: Path, patience: float = 60.0) -> RunState | None:
-    """Have a run finish its step, save and end; after `patience` seconds end its processes. Its state then."""
+    """Have a run finish its step, save and end; after `patience` seconds end its processes. Its state then.
+
+    ConfigError if it runs on another machine and is not done by then.
+    """
     state = read_state(run_dir)
     if state is None or not state.active:
         return state
@@ -78,9 +84,11 @@ def stop(run_dir: Path, patience: float = 60.0) -> RunState | None:
 
 
 def kill(state: RunState) -> None:
-    """End a run's process and all that it started, now."""
+    """End a run's process and all that it started, now. ConfigError if it runs on another machine."""
     if not is_alive(state):
         return
+    if state.host != socket.gethostname():
+        raise ConfigError(f"process {state.pid} runs on {state.host}, and can be ended only there")
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(state.pid)

@@ -110,6 +110,16 @@ def test_a_reused_pid_is_not_the_run(tmp_path):
     assert read_state(tmp_path) is None
 
 
+def test_a_process_of_another_machine_is_let_be(tmp_path):
+    """Its pid may be anyone's here: this very process, say."""
+    write_state(tmp_path, "training", 10)
+    file = tmp_path / "state.json"
+    file.write_text(file.read_text().replace(f'"host": "{read_state(tmp_path).host}"', '"host": "elsewhere"'))
+    with pytest.raises(ConfigError, match="runs on elsewhere"):
+        launch.stop(tmp_path, patience=0.1)
+    assert (tmp_path / "stop").exists()
+
+
 def test_words_of_the_command_reach_it_as_they_are(tmp_path):
     odd = tmp_path / "a run; $(touch x) 'quoted'"
     launch.start(run(odd, 1))
