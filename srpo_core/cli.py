@@ -74,6 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _train(add("train", "train a model, or go on with a run"))
+    _status(add("status", "say what runs are doing, and why one failed"))
+    _stop(add("stop", "have runs finish their step, save and end"))
     _sample(add("sample", "draw pictures with a base or trained model, on one or more GPUs (torchrun)"))
     _encode(add("encode", "encode a run's prompts ahead of it, on one or more GPUs (torchrun)"))
     _score(add("score", "score pictures with a reward: CSV, JSON and a page to look through"))
@@ -94,6 +96,23 @@ def _train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check files, sizes, memory and disk, say what the run is, don't start it",
     )
+    parser.add_argument(
+        "--background", action="store_true",
+        help="check, then train in a process of its own that goes on when this one ends (srpo status, srpo stop)",
+    )  # fmt: skip
+
+
+def _status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs (default: all in the folder runs)")
+
+
+def _stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument(
+        "--patience", type=_positive, default=600, metavar="SECONDS",
+        help="end the process if the step is not done by then, which loses what came after the last checkpoint"
+        " (default 600)",
+    )  # fmt: skip
 
 
 def _sample(parser: argparse.ArgumentParser) -> None:

@@ -52,6 +52,8 @@ def train(args: Namespace) -> int:
 
     if args.check:
         return _check(config, args.resume)
+    if args.background:
+        return _start(config, args.resume)
     check_start(config, resume=args.resume)
     from srpo_core.assemble import assemble
     from srpo_core.trainer import STOPPED_EXIT_CODE
@@ -64,6 +66,42 @@ def train(args: Namespace) -> int:
         print(f"Go on with:  {command_line('train', run_dir, '--resume')}")
         return STOPPED_EXIT_CODE
     _say_where(config, run_dir)
+    return 0
+
+
+def _start(config: RunConfig, resume: bool) -> int:
+    """Check a run, then start it in a process of its own."""
+    from srpo_core import launch
+    from srpo_core.run_state import LOG_FILE
+
+    launch.check_idle(config)
+    _check(config, resume)
+    pid, run_dir = launch.start(config, resume), config.output.dir
+    print(f"\nStarted as process {pid}; what it prints goes to {Path(run_dir) / LOG_FILE}")
+    print(f"Look:  {command_line('status', run_dir)}\nStop:  {command_line('stop', run_dir)}")
+    return 0
+
+
+def status(args: Namespace) -> int:
+    """Print a few lines about each run."""
+    from srpo_core.run_state import FILE, describe
+
+    runs = [Path(run) for run in args.runs] or [file.parent for file in sorted(Path("runs").glob(f"*/{FILE}"))]
+    if not runs:
+        print("no run in the folder runs has a state; name a run's folder")
+    for run in runs:
+        print("\n".join(describe(run)))
+    return 0
+
+
+def stop(args: Namespace) -> int:
+    """Stop runs; 0 where none is at work any more."""
+    from srpo_core import launch
+    from srpo_core.run_state import describe
+
+    for run in map(Path, args.runs):
+        launch.stop(run, args.patience)
+        print("\n".join(describe(run)))
     return 0
 
 

@@ -23,6 +23,7 @@ PURPOSE = {
     "torch": "everything",
     "diffusers": "the FLUX transformer and autoencoders",
     "transformers": "text encoders, rewards",
+    "psutil": "runs in the background",
     "accelerate": "models that are built before their weights are read",
     "tokenizers": "tokenizers of text encoders and rewards",
     "huggingface_hub": "srpo download, and finding what was downloaded",

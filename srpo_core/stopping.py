@@ -1,4 +1,4 @@
-"""Stopping a run by signal: once to finish the step and save, twice to abort."""
+"""Stopping a run: by a signal, once to finish the step and save, twice to abort; or by a file in its folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ class StopRequested(Exception):
 
 
 class StopSignals:
-    """While entered (in the main thread), SIGINT and SIGTERM set `requested`; a second one raises KeyboardInterrupt."""
+    """While entered (in the main thread), SIGINT and SIGTERM set `requested`; a second one raises KeyboardInterrupt.
 
-    def __init__(self, on_request: Callable[[], None]) -> None:
+    `asked` says whether someone asked by other means than a signal.
+    """
+
+    def __init__(self, on_request: Callable[[], None], asked: Callable[[], bool] = lambda: False) -> None:
         self.requested = False
-        self._on_request = on_request
+        self._on_request, self._asked = on_request, asked
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -42,6 +45,9 @@ class StopSignals:
             self._on_request()
 
     def check(self) -> None:
-        """Raise StopRequested if a signal came."""
+        """Raise StopRequested if a signal came, or if someone asked."""
+        if not self.requested and self._asked():
+            self.requested = True
+            self._on_request()
         if self.requested:
             raise StopRequested

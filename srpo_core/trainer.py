@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from srpo_core.randomness import fixed_noise
 from srpo_core.rewards.mixture import combined
 from srpo_core.rollout import rollout
 from srpo_core.run_folder import check_start, held, write_record
+from srpo_core.run_state import stop_asked, told, write_state
 from srpo_core.stopping import StopRequested, StopSignals
 
 STOPPED_EXIT_CODE = 3
@@ -79,11 +81,15 @@ class Trainer:
         """
         check_start(self.config, resume)
         with held(self.run_dir):
-            return self._run(resume)
+            with told(self.run_dir, self.config.optim.steps):
+                outcome = self._run(resume)
+            write_state(self.run_dir, "finished" if outcome.finished else "stopped", self.config.optim.steps)
+            return outcome
 
     def _run(self, resume: bool) -> Outcome:
         write_record(self.config, self.world.device)
-        with self.display, StopSignals(lambda: self.display.say(STOPPING)) as stop:
+        asked = functools.partial(stop_asked, self.run_dir)
+        with self.display, StopSignals(lambda: self.display.say(STOPPING), asked) as stop:
             for note in self.notes:
                 self.display.say(note)
             if resume and latest(self.run_dir) is None:
