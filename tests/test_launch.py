@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -19,6 +20,16 @@ QUICK = [
 ]  # fmt: skip
 LIMIT = 120
 """Seconds in which a short run on a busy machine is done."""
+
+
+@pytest.fixture(autouse=True)
+def no_process_left(tmp_path):
+    """Whatever a test that fails has started ends with it."""
+    yield
+    for file in tmp_path.rglob("state.json"):
+        state = read_state(file.parent)
+        if state is not None and state.pid != os.getpid() and state.host == socket.gethostname():
+            launch.kill(state)
 
 
 def run(folder, steps, *more):
