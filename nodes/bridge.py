@@ -168,15 +168,11 @@ def prompts_of(count: int) -> PromptBatch:
 
 
 class ComfyAutoencoder:
-    """A VAE in the model's latent range, as an Autoencoder; without gradient."""
+    """A VAE in the model's latent range, as an Autoencoder that only decodes; without gradient."""
 
     def __init__(self, vae: VAE, model: ModelPatcher) -> None:
         self.vae = vae
         self.format = model.get_model_object("latent_format")
-
-    def encode(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> [B, C, h, w]."""
-        return self.format.process_in(self.vae.encode(images.movedim(1, -1)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 3, H, W] in [0, 1]."""

@@ -32,6 +32,14 @@ def counted(reward: LoadedReward, pictures: int) -> Callable[[int], None]:
     return ProgressBar(pictures * len(reward.parts)).update
 
 
+def _pictures_and_prompts() -> list[io.Input]:
+    return [
+        io.Image.Input("images", tooltip="The pictures to score."),
+        io.String.Input("prompt", multiline=True, default="", tooltip=PROMPT_HELP),
+        io.Boolean.Input("one_prompt_per_line", default=False, tooltip=LINES_HELP),
+    ]
+
+
 class ScoreImages(io.ComfyNode):
     """A number for every picture: how good it is and how well it fits its prompt."""
 
@@ -47,9 +55,7 @@ class ScoreImages(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io_types.Reward.Input("reward", tooltip="From SRPO Load Reward or SRPO Mix Rewards."),
-                io.Image.Input("images", tooltip="The pictures to score."),
-                io.String.Input("prompt", multiline=True, default="", tooltip=PROMPT_HELP),
-                io.Boolean.Input("one_prompt_per_line", default=False, tooltip=LINES_HELP),
+                *_pictures_and_prompts(),
             ],
             outputs=[
                 io.Float.Output("scores", is_output_list=True, tooltip="A score for each picture, in order."),
@@ -91,9 +97,7 @@ class RelativeScore(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io_types.Reward.Input("reward", tooltip="One that reads the prompt, from SRPO Load Reward."),
-                io.Image.Input("images", tooltip="The pictures to score."),
-                io.String.Input("prompt", multiline=True, default="", tooltip=PROMPT_HELP),
-                io.Boolean.Input("one_prompt_per_line", default=False, tooltip=LINES_HELP),
+                *_pictures_and_prompts(),
                 widget(
                     RewardConfig,
                     "liked",

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from srpo_core import places
 from srpo_core.catalogue import CATALOGUE
+from srpo_core.files import free_bytes
 
 PURPOSE = {
     "torch": "everything",
@@ -135,7 +135,7 @@ def examine() -> Findings:
     broken = {name: problem for name in IMPORTED if (problem := import_problem(name)) is not None}
     parts = [examine_part(text, required, broken) for text, required in requirements()]
     warnings = [f"torchvision: {broken['torchvision']}"] if "torchvision" in broken else []
-    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    free = free_bytes(Path.cwd()) / 2**30
     if free < _LOW_DISK_GIB:
         warnings.append(f"only {free:.1f} GiB are free here; checkpoints may not fit")
     return Findings(

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from srpo_core import hub, places
 from srpo_core.catalogue import CATALOGUE, Entry, File
 from srpo_core.config import ConfigError, nearest
-from srpo_core.files import nearest_existing
+from srpo_core.files import free_bytes, nearest_existing
 
 _SLOW_CHECK = 10**9
 """A checksum of a larger file takes seconds: say so."""
@@ -185,14 +185,9 @@ def show(items: Sequence[Item], comfyui: Path | None) -> str:
             where = f" -> {item.target}" if comfyui else ""
             lines.append(f"  {size_text(item.file.size):>9}  {item.file.path}{where}{f'  ({state})' if state else ''}")
     root = comfyui / "models" if comfyui else places.cache_root()
-    missing, free = sum(item.missing for item in items), free_space(root)
+    missing, free = sum(item.missing for item in items), free_bytes(root)
     lines.append(f"To download: {size_text(missing)} into {root}, where {size_text(free)} are free.")
     return "\n".join(lines)
-
-
-def free_space(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def check_space(items: Sequence[Item]) -> None:
@@ -202,7 +197,7 @@ def check_space(items: Sequence[Item]) -> None:
         disks.setdefault(nearest_existing(item.target.parent).stat().st_dev, []).append(item)
     for there in disks.values():
         folder, missing = there[0].target.parent, sum(item.missing for item in there)
-        free = free_space(folder)
+        free = free_bytes(folder)
         if missing > free:
             raise hub.DownloadError(
                 f"no room: {size_text(missing)} are to come and {size_text(free)} are free on the disk of {folder};"

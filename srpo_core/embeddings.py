@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.errors import TrainingError
-from srpo_core.files import check_writable
+from srpo_core.files import check_writable, free_bytes
 from srpo_core.interfaces import PromptBatch, TextEncoder
 from srpo_core.progress import Display
 from srpo_core.weights.tensors import WeightsError, open_tensors
@@ -181,7 +180,7 @@ def encode(
 def _check_space(cache: EmbeddingCache, part: PromptBatch, left: int) -> None:
     """TrainingError if the disk can't hold the prompts that are `left`, judged by those of `part`."""
     each = cache.size(part.prompts) / len(part)
-    free = shutil.disk_usage(cache.folder).free
+    free = free_bytes(cache.folder)
     if left * each > free:
         raise TrainingError(
             f"the embeddings of {left} more prompts take {left * each / 1e9:.1f} GB, {cache.folder} has"

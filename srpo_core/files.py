@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def nearest_existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder that may not be there yet."""
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def check_writable(folder: Path, setting: str, way_out: str = "name another folder") -> None:

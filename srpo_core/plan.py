@@ -9,9 +9,9 @@ from srpo_core import places
 from srpo_core.catalogue import CATALOGUE
 from srpo_core.checks import Footprint, Ready, check_run, size_notes
 from srpo_core.config import MoreReward, RewardConfig, RunConfig
-from srpo_core.files import size_text
+from srpo_core.files import free_bytes, size_text
 from srpo_core.parallel import World, make_world
-from srpo_core.run_folder import check_start, device_name, free_bytes
+from srpo_core.run_folder import check_start, device_name
 from srpo_core.training_data import photo_notes, photo_sizes, sources
 
 _MODEL_FILES = ("path", "transformer", "autoencoder", "clip", "t5", "tokenizers", "lora")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +17,7 @@ from filelock import FileLock, Timeout
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.config import ConfigError, RunConfig, flat
 from srpo_core.description import load_run
-from srpo_core.files import nearest_existing, size_text, write_atomic
+from srpo_core.files import free_bytes, nearest_existing, size_text, write_atomic
 from srpo_core.metrics import read_metrics
 
 FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute", "data.embeddings")
@@ -124,8 +123,3 @@ def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
             f" ({size_text(checkpoint_bytes)} each, {at_once} at once), {size_text(free)} are free; make room,"
             " name a folder on another disk, lower output.keep_checkpoints or train a LoRA"
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """Room on the disk of a folder that may not be there yet."""
-    return shutil.disk_usage(nearest_existing(folder)).free

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import PROMPTS, tiny_config
 
-from srpo_core import checkpoint, run_folder
+from srpo_core import checkpoint
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import latest, read_tensors
 from srpo_core.checks import size_notes
@@ -102,7 +102,7 @@ def test_a_full_disk_is_told_before_the_start(tmp_path, monkeypatch):
 def test_room_is_needed_for_the_newest_the_best_and_one_being_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     config = tiny_config(tmp_path, optim__steps=50)
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: usage(0, 0, 30 * 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 30 * 2**30))
     check_space(config, 10 * 2**30)
     with pytest.raises(ConfigError, match=r"33.0 GiB more \(11.0 GiB each, 3 at once\), 30.0 GiB are free"):
         check_space(config, 11 * 2**30)

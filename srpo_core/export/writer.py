@@ -20,7 +20,7 @@ from torch import Tensor
 
 from srpo_core.config import ConfigError
 from srpo_core.errors import TrainingError
-from srpo_core.files import check_writable, nearest_existing, sync
+from srpo_core.files import check_writable, free_bytes, nearest_existing, sync
 from srpo_core.weights.tensors import DTYPES
 
 SUFFIX = ".safetensors"
@@ -143,7 +143,7 @@ def check_space(path: Path, needed: int, way_out: str = "choose another --out or
 
     What an overwritten file takes is not counted as free: it stays until the new one is whole.
     """
-    free = shutil.disk_usage(nearest_existing(path.parent)).free
+    free = free_bytes(path.parent)
     if free < needed:
         raise ConfigError(
             f"{path} needs {needed / 2**30:.2f} GiB and its disk has {free / 2**30:.2f} GiB free: make room, or"

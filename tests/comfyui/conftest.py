@@ -2,17 +2,37 @@
 
 import pytest
 import torch
+from comfyui_pictures import drawn
 from comfyui_server import Server
 from comfyui_side import GUIDANCE
 
-from srpo_core.config import ModelConfig
+from srpo_core.config import ModelConfig, RewardConfig
 from srpo_core.miniature.captions import random_scenes
 from srpo_core.miniature.models import load
+from srpo_core.rewards import load_reward
 
 
 @pytest.fixture(scope="module")
 def parts():
     return load(ModelConfig(family="miniature"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The miniature's parts as the nodes run it: in float32 throughout."""
+    return load(ModelConfig(family="miniature", dtype="float32", recompute=False), "cpu")
+
+
+@pytest.fixture(scope="module")
+def reward():
+    """The miniature's reward by the engine."""
+    return load_reward(RewardConfig(name="miniature"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def base(server):
+    """The picture that the miniature draws without a LoRA."""
+    return drawn(server)[0]
 
 
 @pytest.fixture(scope="module")

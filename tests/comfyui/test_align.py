@@ -9,21 +9,16 @@ from safetensors.torch import save_file
 
 from srpo_core.align_grid import align_grid
 from srpo_core.align_view import align_view, both_ways, finding, step_below, table
-from srpo_core.config import ModelConfig, RewardConfig
+from srpo_core.config import RewardConfig
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import PromptBatch
-from srpo_core.miniature.models import load, load_reward
+from srpo_core.miniature.models import load_reward
 from srpo_core.preview import from_pil
 from srpo_core.rollout import Rollout, rollout
 
 pytestmark = needs_comfyui
 LEVELS, SEED, STEP, GUIDANCE = [0.96, 0.75], 21, 0.0215, 3.5
 SETTINGS = {"seed": SEED, "levels": "0.75, 0.96", "step": STEP, "branch": "denoise", "guidance": GUIDANCE}
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return load(ModelConfig(family="miniature", dtype="float32", recompute=False), "cpu")
 
 
 def preview(inputs, **settings):

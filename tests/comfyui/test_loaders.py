@@ -18,7 +18,6 @@ from comfyui_pictures import (
     engine_picture,
     failure,
     graph,
-    load_miniature,
     lora,
 )
 from comfyui_server import Server
@@ -54,22 +53,12 @@ def models(server):
     return folder
 
 
-@pytest.fixture(scope="module")
-def base(server):
-    return drawn(server)[0]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return load_miniature()
-
-
 # ---- the miniature
 
 
-def test_the_miniature_draws_what_the_engine_draws(engine, base):
+def test_the_miniature_draws_what_the_engine_draws(parts, base):
     """Text encoder, transformer and VAE at once."""
-    difference = apart(base, engine_picture(engine, engine.flow.module))
+    difference = apart(base, engine_picture(parts, parts.flow.module))
     print(f"largest difference {difference} of 255")
     assert base.std() > 30
     assert difference <= LEVEL

@@ -35,17 +35,7 @@ def loras(server):
     return folder
 
 
-@pytest.fixture(scope="module")
-def base(server):
-    return drawn(server)[0]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return load_miniature()
-
-
-def test_a_trained_lora_is_diffusers_and_peft_s(server, loras, engine, base):
+def test_a_trained_lora_is_diffusers_and_peft_s(server, loras, parts, base):
     """The LoRA that the engine trained: by ComfyUI's own loader, by ours, and by diffusers with peft."""
     core, _ = drawn(server, lora("trained.safetensors", node="LoraLoaderModelOnly"))
     ours, text = drawn(server, lora("trained.safetensors"))
@@ -53,7 +43,7 @@ def test_a_trained_lora_is_diffusers_and_peft_s(server, loras, engine, base):
     assert "44 layers, rank 16" in text and "trained by SRPO: 64 steps with the reward miniature" in text
     transformer = load_miniature().flow.module
     transformer.load_lora_adapter(load_file(WEIGHTS / "lora.safetensors"), prefix="transformer")
-    theirs = engine_picture(engine, transformer)
+    theirs = engine_picture(parts, transformer)
     differences = [apart(picture, theirs) for picture in (core, ours, built_in)]
     print(f"largest differences {differences} of 255; the LoRA changed {apart(theirs, base)}")
     assert apart(theirs, base) > 20
@@ -94,9 +84,9 @@ def test_on_top_of_scaled_fp8(server, loras, base):
 
 
 @pytest.mark.parametrize("style", ["kohya", "comfyui", "peft"])
-def test_other_trainers_loras(server, loras, engine, style):
+def test_other_trainers_loras(server, loras, parts, style):
     """The same change under the names of several trainers, by our loader and by ComfyUI's."""
-    shapes = linear_shapes(engine.flow.module)
+    shapes = linear_shapes(parts.flow.module)
     if style != "peft":
         layers, shapes = shapes, {}
         for name, (rows, columns) in layers.items():

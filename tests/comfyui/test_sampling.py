@@ -11,10 +11,8 @@ from comfyui_shown import node, shown
 from comfyui_side import needs_comfyui, relative_error
 from PIL import Image
 
-from srpo_core.config import ModelConfig
 from srpo_core.description import load_run
 from srpo_core.flow import shifted_sigmas
-from srpo_core.miniature.models import load
 from srpo_core.randomness import fixed_noise
 from srpo_core.rollout import rollout
 from srpo_core.sampling import SampleSettings, sample
@@ -48,11 +46,6 @@ def likeness(preview, latents):
     channels = torch.cat([latents, torch.ones_like(latents[:1])]).flatten(1).T
     left = colours - channels @ torch.linalg.lstsq(channels, colours).solution
     return 1 - (left.square().sum() / (colours - colours.mean(0)).square().sum()).item()
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return load(ModelConfig(family="miniature", dtype="float32", recompute=False), "cpu")
 
 
 @pytest.mark.parametrize("kind", ["engine", "ComfyUI"])

@@ -8,12 +8,10 @@ from comfyui_shown import REWARD, assert_alike, node, shown, texts
 from comfyui_side import needs_comfyui
 from miniature_pictures import drawn
 
-from srpo_core.config import RewardConfig
 from srpo_core.image_scores import by_word, control_words, score_batch
 from srpo_core.lettering import with_scores
 from srpo_core.miniature.captions import random_scenes
 from srpo_core.preview import to_pil
-from srpo_core.rewards import load_reward
 from srpo_core.score_files import load_image
 
 pytestmark = needs_comfyui
@@ -21,11 +19,6 @@ SCENES = random_scenes(3, seed=5)
 PROMPTS = [scene.caption() for scene in SCENES]
 LINES = "\n".join(PROMPTS)
 LIKED, DISLIKED = "Detail\nReal", "Oil, Flat"
-
-
-@pytest.fixture(scope="module")
-def reward():
-    return load_reward(RewardConfig(name="miniature"), "cpu")
 
 
 @pytest.fixture(scope="module")

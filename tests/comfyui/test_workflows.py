@@ -12,13 +12,13 @@ from comfyui_side import needs_comfyui
 
 from srpo_core.align_view import align_view, both_ways, read_levels, step_below, table
 from srpo_core.best_of import best_of
-from srpo_core.config import ModelConfig, RewardConfig
+from srpo_core.config import ModelConfig
 from srpo_core.flow import shifted_sigmas
 from srpo_core.image_scores import by_word, control_words, score_batch
 from srpo_core.interfaces import PromptBatch
 from srpo_core.lora import merge_lora
 from srpo_core.miniature import WEIGHTS
-from srpo_core.miniature.models import load, load_reward
+from srpo_core.miniature.models import load
 from srpo_core.rollout import Rollout, rollout
 from srpo_core.weights.lora_names import read_lora
 
@@ -90,11 +90,6 @@ def plain():
 @pytest.fixture(scope="module")
 def tuned():
     return Engine(lora=True)
-
-
-@pytest.fixture(scope="module")
-def reward():
-    return load_reward(RewardConfig(name="miniature"), "cpu")
 
 
 def tables(result, id):
