@@ -282,6 +282,24 @@ class ParallelConfig(Section):
     device: str = Field(
         "auto", description="cpu, cuda, cuda:1, mps, ...; auto takes the first of cuda, mps and cpu that is there"
     )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes on this machine, one for each GPU: each trains on prompts and levels of its own, and"
+        " their gradients are averaged",
+    )
+    gpus: str = Field(
+        "auto",
+        description="GPUs to train on, as numbers such as 0,1; auto takes one for each process, those with the"
+        " most free memory that no other run works on",
+    )
+    share_gpu: bool = Field(False, description="train on a GPU though another run works on it")
+    nodes: int = Field(1, ge=1, le=4096, description="machines that train together, each with `processes` processes")
+    node_rank: int = Field(0, ge=0, description="which of the machines this one is: 0, 1, ...")
+    rendezvous: str = Field(
+        "", description="host:port of machine 0, where the machines find each other, such as 10.0.0.5:29500"
+    )
 
 
 class OutputConfig(Section):
@@ -309,6 +327,12 @@ class OutputConfig(Section):
         description="held-out prompts drawn and scored before and after training, with the same noise; 0 skips it",
     )
     tensorboard: bool = Field(True, description="write TensorBoard event files beside metrics.jsonl")
+    result: PathText | None = Field(
+        None,
+        description="a .safetensors file for the trained weights when the run ends, as ComfyUI and diffusers load them:"
+        " its LoRA, or the whole transformer. None that is there is replaced: a run that went on writes another one"
+        " beside it, with its step in the name",
+    )
 
 
 class RunConfig(Section):
