@@ -22,6 +22,14 @@ NODES = (
     "scoring:BestOfN",
     "align:AlignPreview",
     "compare:Compare",
+    "training_prompts:Prompts",
+    "settings:ControlWords",
+    "settings:Rollout",
+    "settings:Align",
+    "settings:Optimizer",
+    "settings:Lora",
+    "training:Train",
+    "training_status:TrainingStatus",
 )
 """module:class of every node, in the order of menus."""
 
@@ -45,4 +53,8 @@ class SRPOExtension(ComfyExtension):
 async def comfy_entrypoint() -> SRPOExtension:
     """What ComfyUI calls once."""
     packages.tell_missing()
+    try:
+        importlib.import_module(f"{__name__}.routes").register()
+    except Exception as error:  # nodes work without them
+        logging.error("SRPO: pages can't follow trainings: %s", error)
     return SRPOExtension()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import comfy.model_management as management
@@ -57,10 +57,19 @@ class WholePatcher(ModelPatcher):
 class HeldReward:
     """A Reward of the engine whose weights ComfyUI moves. Pictures may be anywhere; scores come back to where they are.
 
-    `after_use` says that it leaves the GPU as soon as nothing uses it.
+    `after_use` says that it leaves the GPU as soon as nothing uses it. `settings` are those by which a run loads it:
+    name, path, and fit where it isn't the official one.
     """
 
-    def __init__(self, name: str, reward: Reward, device: torch.device, after_use: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        reward: Reward,
+        device: torch.device,
+        after_use: bool = False,
+        settings: Mapping[str, str | None] | None = None,
+    ) -> None:
+        self.settings = dict(settings or {"name": name, "path": None, "fit": None})
         self.name, self.reward, self.module, self.after_use = name, reward, reward.module, after_use
         self.reads_prompts = getattr(reward, "reads_prompts", True)
         self.weights = RewardWeights(reward.module)
@@ -165,10 +174,12 @@ class LoadedReward:
         return sum(held.patcher.model_size() for held in self.held)
 
 
-def hold(part: WeightedReward, choice: str, after_use: bool) -> LoadedReward:
+def hold(
+    part: WeightedReward, choice: str, after_use: bool, settings: Mapping[str, str | None] | None = None
+) -> LoadedReward:
     """A reward of the engine, its weights on the CPU, as ComfyUI holds it; `choice` is of `scoring_device`."""
     device = scoring_device(choice, management.module_size(part.reward.module))
-    reward = HeldReward(part.name, part.reward, device, after_use)
+    reward = HeldReward(part.name, part.reward, device, after_use, settings)
     return LoadedReward(part.name, [replace(part, reward=reward)], reward)
 
 

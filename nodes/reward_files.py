@@ -44,6 +44,10 @@ def folders(kind: str) -> list[str]:
     return folder_paths.get_folder_paths(kind) if kind in folder_paths.folder_names_and_paths else []
 
 
+class NoReward(ConfigError):
+    """There are no weights of a reward that the catalogue knows."""
+
+
 def reward_path(reward: str, file: str) -> Path | None:
     """The file or folder that a choice stands for; None for the built-in reward.
 
@@ -59,7 +63,7 @@ def reward_path(reward: str, file: str) -> Path | None:
         with places.folders_from(folders):
             found = places.find(reward) or _by_name(CATALOGUE[reward])
         if found is None:
-            raise ConfigError(_missing(reward))
+            raise NoReward(_missing(reward))
         return found
     kind, name = (ENCODERS, file[len(ENCODERS) + 1 :]) if file.startswith(f"{ENCODERS}/") else (REWARDS_FOLDER, file)
     looked = ", ".join(folders(kind))
@@ -98,11 +102,13 @@ def _missing(reward: str) -> str:
     )
 
 
-def download_command(name: str) -> str:
-    """The command that gets an entry of the catalogue into ComfyUI's folders, or else into the Hugging Face cache."""
+def download_command(*names: str) -> str:
+    """The command that gets entries of the catalogue into ComfyUI's folders, or else into the Hugging Face cache."""
     models = Path(folder_paths.models_dir)
     into = f' --to comfyui "{models.parent}"' if models.name == "models" and models.is_dir() else ""
-    return f'"{sys.executable}" "{Path(str(srpo_core.__file__)).parent / "__main__.py"}" download {name}{into}'
+    return (
+        f'"{sys.executable}" "{Path(str(srpo_core.__file__)).parent / "__main__.py"}" download {" ".join(names)}{into}'
+    )
 
 
 def load_part(reward: str, path: Path | None, fit: str) -> WeightedReward:

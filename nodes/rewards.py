@@ -17,6 +17,7 @@ from .reward_files import AUTO, file_choices, files_of, load_part, reward_path
 from .show import shown
 
 CATEGORY = "SRPO/rewards"
+OFFICIAL = "official"
 MOST = 4
 """Rewards in a mixture; a mixture can be mixed further."""
 
@@ -43,7 +44,7 @@ class LoadReward(io.ComfyNode):
                     " reward is refused by name.",
                 ),
                 io.Combo.Input(
-                    "fit", options=["official", "crop", "pad"],
+                    "fit", options=[OFFICIAL, "crop", "pad"],
                     tooltip="How a picture fits the square that the reward sees. official: as its authors score."
                     " crop: the centre square. pad: all of it, with black beside (HPS officially). Values of crop and"
                     " pad can't be compared.",
@@ -82,7 +83,8 @@ class LoadReward(io.ComfyNode):
     @classmethod
     def execute(cls, reward: str, file: str, fit: str, device: str, offload: str) -> io.NodeOutput:
         path = reward_path(reward, file)
-        loaded = hold(load_part(reward, path, fit), device, after_use=offload == "after use")
+        settings = {"name": reward, "path": str(path) if path else None, "fit": None if fit == OFFICIAL else fit}
+        loaded = hold(load_part(reward, path, fit), device, offload == "after use", settings)
         return io.NodeOutput(loaded, ui=shown(cls, text=f"{loaded.summary}, from {path or 'this pack'}"))
 
 

@@ -19,6 +19,7 @@ from graphs.drawing import best_of_n, srpo_workflow
 from graphs.layout import Graph
 from graphs.looking import align_preview, compare_lora, score_images
 from graphs.schemas import Json, NodeSchema
+from graphs.training import train_full, train_lora, train_miniature, train_photos
 from graphs.world import FULL, MINIATURE, World
 
 FOLDER = Path(__file__).parents[1] / "workflows"
@@ -29,16 +30,25 @@ GRAPHS: dict[str, Callable[[Graph, World], None]] = {
     "align_preview": align_preview,
     "compare_lora": compare_lora,
 }
+"""Graphs that draw and look; each has a twin for the miniature."""
+TRAINING: dict[str, tuple[Callable[[Graph, World], None], World]] = {
+    "train_lora": (train_lora, FULL),
+    "train_full": (train_full, FULL),
+    "train_photos": (train_photos, FULL),
+    "train_miniature": (train_miniature, MINIATURE),
+}
 
 
 def build(known: dict[str, NodeSchema]) -> dict[str, Json]:
-    """Every graph and its miniature twin, by file name without suffix."""
-    found = {}
+    """Every graph, by file name without suffix."""
+    descriptions = dict(TRAINING)
     for name, describe in GRAPHS.items():
-        for world, suffix in ((FULL, ""), (MINIATURE, "-miniature")):
-            graph = Graph(name + suffix, known)
-            describe(graph, world)
-            found[name + suffix] = graph.json()
+        descriptions |= {name: (describe, FULL), f"{name}-miniature": (describe, MINIATURE)}
+    found = {}
+    for name, (describe, world) in descriptions.items():
+        graph = Graph(name, known)
+        describe(graph, world)
+        found[name] = graph.json()
     return found
 
 

@@ -28,7 +28,7 @@ from method_check_inversion import Stopped, check_inversion
 from srpo_core.config import ConfigError
 from srpo_core.errors import TrainingError
 from srpo_core.files import write_atomic
-from srpo_core.trainer import STOPPED_EXIT_CODE
+from srpo_core.session import STOPPED_EXIT_CODE
 
 ORDER = ("align", "align-lengths", "inversion", "inversion-steps")
 """Names of the claims, in the order of their reading."""

@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=~/ComfyUI python scripts/page_pictures.py [NAME ...]
 
-starts a server of its own and a headless Chromium, and writes scripts/results/page_NAME.jpg. About two minutes.
+starts a server of its own and a headless Chromium, and writes scripts/results/page_NAME.jpg. About six minutes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -26,8 +27,9 @@ from comfyui_server import NAME, Server  # noqa: E402
 OUT = ROOT / "scripts" / "results"
 WIDTH = 1600
 """Of the written pictures, in pixels."""
-FRAME = """(margin) => {
-  const boxes = app.graph.nodes.map((node) => node.getBounding());
+FRAME = """([margin, types]) => {
+  const shown = app.graph.nodes.filter((node) => !types || types.includes(node.type));
+  const boxes = shown.map((node) => node.getBounding());
   const left = Math.min(...boxes.map((box) => box[0])) - margin, top = Math.min(...boxes.map((box) => box[1])) - margin;
   const right = Math.max(...boxes.map((box) => box[0] + box[2])) + margin;
   const bottom = Math.max(...boxes.map((box) => box[1] + box[3])) + margin;
@@ -37,7 +39,11 @@ FRAME = """(margin) => {
   app.canvas.setDirty(true, true);
   return [right - left, bottom - top].map((side) => side * app.canvas.ds.scale);
 }"""
-"""Puts all nodes below and right of the page's bars; returns the size of the graph on the screen."""
+"""Puts all nodes, or those of some types, below and right of the page's bars; returns their size on the screen."""
+SETTINGS_AND_TRAIN = [
+    "SRPOPrompts", "SRPOControlWords", "SRPOLoadReward", "SRPORollout", "SRPOAlign", "SRPOOptimizer", "SRPOLoRA",
+    "SRPOTrain",
+]  # fmt: skip
 
 
 def read(name: str) -> dict:
@@ -59,14 +65,58 @@ def graph(page: ComfyPage, name: str) -> None:
     if end["type"] != "execution_success":
         raise SystemExit(f"{name}: {end}")
     page.settled()
-    width, height = page.page.evaluate(FRAME, 30)
+    page.page.locator("text=Job completed").first.wait_for(state="hidden", timeout=30_000)
+    save(page, name, framed(page))
+
+
+def framed(page: ComfyPage, types: list[str] | None = None) -> dict[str, float]:
+    """The part of the page with the graph's nodes (those of some types), as large as they are."""
+    width, height = page.page.evaluate(FRAME, [30, types])
+    page.settled()
+    size = page.page.viewport_size
+    return {"x": 0, "y": 0, "width": min(width + 90, size["width"]), "height": min(height + 150, size["height"])}
+
+
+def training(page: ComfyPage) -> None:
+    """The miniature's training while it is at work: settings, and the live view in its node."""
+    box = train(page)
+    page.until_training(box, lambda shown: shown["percent"] >= 60 and "step=" in shown["preview"])
+    save(page, "training", framed(page, SETTINGS_AND_TRAIN))
+    ended(page)
+
+
+def trained(page: ComfyPage) -> None:
+    """The same at its end, with what became of it."""
+    box = train(page)
+    ended(page)
+    page.until_training(box, lambda shown: shown["status"] == "Finished" and shown["preview"])
+    save(page, "trained", framed(page, ["SRPOTrain", "SRPOCompare"]))
+
+
+def runs(page: ComfyPage) -> None:
+    """The side panel beside the graph of a training."""
+    train(page)
+    ended(page)
+    page.command("Workspace.ToggleSidebarTab.srpo-runs")
+    page.until_training(page.page.wait_for_selector(".srpo-runs"), lambda shown: shown["preview"])
+    framed(page, SETTINGS_AND_TRAIN)
+    save(page, "runs")
+
+
+def train(page: ComfyPage) -> Any:
+    """Queue the graph that trains the miniature; the box of its live view."""
+    workflow = read("train_miniature")
+    page.load(workflow)
+    page.queue()
+    return page.live_box(next(node["id"] for node in workflow["nodes"] if node["type"] == "SRPOTrain"))
+
+
+def ended(page: ComfyPage) -> None:
+    end = page.end()
+    if end["type"] != "execution_success":
+        raise SystemExit(f"train_miniature: {end}")
     page.settled()
     page.page.locator("text=Job completed").first.wait_for(state="hidden", timeout=30_000)
-    save(
-        page,
-        name,
-        {"x": 0, "y": 0, "width": width + 90, "height": min(height + 150, page.page.viewport_size["height"])},
-    )
 
 
 def templates(page: ComfyPage) -> None:
@@ -117,6 +167,9 @@ PICTURES: dict[str, tuple[Callable[[ComfyPage], None], dict]] = {
     "align_preview": (lambda page: graph(page, "align_preview"), {"size": (2400, 1400)}),
     "best_of_n": (lambda page: graph(page, "best_of_n"), {"size": (2400, 1400)}),
     "score_images": (lambda page: graph(page, "score_images"), {"size": (2400, 1500), "vue_nodes": True}),
+    "training": (training, {"size": (1700, 1500)}),
+    "trained": (trained, {"size": (1900, 1500), "theme": "light"}),
+    "runs": (runs, {"size": (1700, 1300), "vue_nodes": True}),
     "templates": (templates, {"size": (1500, 950)}),
     "help": (help_page, {"size": (1500, 950)}),
 }

@@ -32,7 +32,8 @@ SIDE = 512
 MAP_HEIGHT = 200
 PAPER, INK, NODE = "#1d1f25", "#e8e8ea", "#45474f"
 WIRES = {"MODEL": "#b39ddb", "CLIP": "#ffd500", "VAE": "#ff6e6e", "CONDITIONING": "#ffa931", "LATENT": "#ff9cf9",
-         "IMAGE": "#64b5f6", "SRPO_REWARD": "#7fd0a8"}  # fmt: skip
+         "IMAGE": "#64b5f6", "SRPO_REWARD": "#7fd0a8", "LORA_MODEL": "#e0a35c", "SRPO_PROMPTS": "#8fc1e3",
+         "SRPO_WORDS": "#8fc1e3"}  # fmt: skip
 Pictures = dict[str, list[Image.Image]]
 """What each kind of node showed."""
 
@@ -82,6 +83,7 @@ RESULTS: dict[str, Callable[[Pictures], Image.Image]] = {
     "best_of_n-miniature": lambda shown: halves(sheet(shown["SRPOScoreImages"], 4), sheet(shown["SaveImage"], 2)),
     "align_preview-miniature": lambda shown: sheet(shown["SRPOAlignPreview"], 1),
     "compare_lora-miniature": lambda shown: sheet(shown["SRPOCompare"][:6], 2),
+    "train_miniature": lambda shown: sheet(shown["SRPOCompare"][:6], 2),
 }
 """How the results of a graph become its picture."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,38 +12,75 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from srpo_core.buckets import batch_order
 from srpo_core.checks import Ready, check_run, size_notes
 from srpo_core.config import RunConfig
-from srpo_core.embeddings import StoredPrompts, embedding_cache, encode
+from srpo_core.embeddings import BATCH_SIZE, StoredPrompts, embedding_cache, encode
 from srpo_core.errors import enough_memory
+from srpo_core.fitting import memory_advice
 from srpo_core.interfaces import PromptBatch, TrainableFlow
 from srpo_core.learner import Parts
 from srpo_core.lora import add_lora, lora_alpha, lora_targets, start_from
-from srpo_core.parallel import World, make_world
+from srpo_core.parallel import divided_world, make_world
 from srpo_core.photos import Photo
 from srpo_core.preference import ControlWords
 from srpo_core.progress import Display
-from srpo_core.prompts import PromptSequence, ordered_sequence, prompt_sequence
+from srpo_core.prompts import PromptSequence, ordered_sequence, prompt_sequence, shuffled_order
 from srpo_core.randomness import generator_for
 from srpo_core.rewards import load_rewards
 from srpo_core.rewards.mixture import blind_notes
 from srpo_core.rewards.trial import try_rewards
+from srpo_core.run_folder import check_start
+from srpo_core.session import Outcome, Session
+from srpo_core.stopping import StopRequested
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
 from srpo_core.weights.lora_names import Lora
 
 
-def assemble(config: RunConfig) -> Trainer:
-    """Load model and reward, encode the prompts, prepare what is trained. ConfigError names the wrong setting."""
-    world = make_world(config.parallel)
-    ready = check_run(config, world)
+def train_run(config: RunConfig, resume: bool = False) -> Outcome:
+    """A run from its description to its end; with `resume`, from its newest checkpoint. See Session.run.
+
+    It is this process's part of one, if torchrun started several. A request to stop is heeded once every check without
+    weights has passed.
+    """
+    world = divided_world(config.parallel)
+    session, ready = Session(config, world), None
+    at_once = contextlib.nullcontext  # several talk to each other meanwhile
+    if world.size == 1:
+        at_once = session.stop.anywhere
+        check_start(config, resume)
+        ready = check_run(config, world)  # before the run's folder is made; the state of several tells what is wrong
+
+    def work() -> Outcome:
+        try:
+            with world.together(), at_once():
+                trainer = assemble(config, session, ready)
+        except StopRequested:
+            return session.stopped_early()
+        return trainer.work(resume)
+
+    with world.joined():
+        return session.run(resume, work)
+
+
+def assemble(config: RunConfig, session: Session | None = None, ready: Ready | None = None) -> Trainer:
+    """Load model and reward, encode the prompts, prepare what is trained. ConfigError names the wrong setting.
+
+    `ready` is what check_run gave, if it was called already.
+    """
+    session = session or Session(config, make_world(config.parallel))
+    world, display = session.world, session.display
+    ready = ready or check_run(config, world)
     inputs, components = ready.inputs, ready.components
     advice = "try model.t5_memory=8bit or offload"
-    with Display(quiet=not world.is_main) as display, enough_memory("encoding prompts", advice):
-        data, encoded = _encode(config, ready, world, display)
+    with display, display.during("encoding prompts"), enough_memory("encoding prompts", advice):
+        _encode_together(config, ready, session)
+        data, encoded = _encode(config, ready, world.size, display)
     components.release("text_encoder")
     words = ControlWords(config.reward.liked, config.reward.disliked)
-    with enough_memory("loading the models", "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"):
+    advice = "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"
+    with display.during("loading the models"), enough_memory("loading the models", advice):
         rewards = load_rewards(config.reward, world.device)
         try_rewards(rewards, words, config.data.height, config.data.width, world.device)
         components.full_precision = not config.lora.rank
@@ -51,8 +90,9 @@ def assemble(config: RunConfig) -> Trainer:
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
     parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
+    parts.less_memory = functools.partial(memory_advice, config, components)
     parts.trained_on = _digest(ready.prompts, inputs.photos)
-    return Trainer(config, world, parts)
+    return Trainer(session, parts)
 
 
 def _digest(prompts: Sequence[str], photos: Sequence[Photo]) -> str:
@@ -61,17 +101,44 @@ def _digest(prompts: Sequence[str], photos: Sequence[Photo]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
+def _held_out(config: RunConfig, ready: Ready) -> Sequence[str]:
+    return ready.held_out[: max(config.output.preview_prompts, config.output.evaluate_prompts, PROBE_PROMPTS)]
+
+
+def _encode_together(config: RunConfig, ready: Ready, session: Session) -> None:
+    """Have each of several processes encode its share of what `_encode` will ask the cache for."""
+    world, data, photos = session.world, config.data, ready.inputs.photos
+    cache = embedding_cache(ready.components.text_encoder, config) if world.size > 1 else None
+    if cache is None:
+        return
+    micros = config.optim.steps * config.optim.accumulation
+    on_photos, on_prompts = (turns * world.size for turns in sources(data, config.seed, micros))
+    texts = list(_held_out(config, ready))
+    if on_prompts:
+        order = shuffled_order(config.seed, len(ready.prompts), on_prompts * data.batch_size)
+        texts += [ready.prompts[index] for index in order]
+    if on_photos:
+        batches = batch_order(photo_sizes(data, photos), data.batch_size, config.seed, on_photos)
+        texts += [photos[index].caption for _, row in batches for index in row]
+    mine = cache.missing(world.share(list(dict.fromkeys(texts))))
+    with world.together():
+        session.display.phase("encoding prompts", len(mine))
+        for start in range(0, len(mine), BATCH_SIZE):
+            session.stop.check()
+            encode(ready.components.text_encoder, mine[start : start + BATCH_SIZE], cache=cache)
+            session.display.advance(min(len(mine), start + BATCH_SIZE))
+
+
 def _encode(
-    config: RunConfig, ready: Ready, world: World, display: Display | None
+    config: RunConfig, ready: Ready, processes: int, display: Display | None
 ) -> tuple[TrainingData, PromptBatch | StoredPrompts]:
     """What is trained on, and the held-out prompts."""
     data, text_encoder, photos = config.data, ready.components.text_encoder, ready.inputs.photos
     cache = embedding_cache(text_encoder, config)
     display = display if cache is not None else None
-    count = max(config.output.preview_prompts, config.output.evaluate_prompts, PROBE_PROMPTS)
-    encoded = encode(text_encoder, ready.held_out[:count], cache=cache, display=display)
+    encoded = encode(text_encoder, _held_out(config, ready), cache=cache, display=display)
     micros = config.optim.steps * config.optim.accumulation
-    on_photos, on_prompts = (turns * world.size for turns in sources(data, config.seed, micros))
+    on_photos, on_prompts = (turns * processes for turns in sources(data, config.seed, micros))
     train = TrainingData(config.seed, (data.height, data.width), data.batch_size, photo_share=data.photo_share)
     if on_prompts:
         length = on_prompts * data.batch_size

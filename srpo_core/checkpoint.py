@@ -3,7 +3,7 @@
 weights.safetensors     the trained parameters, by their names in the module
 ema.safetensors         their running average, if the run keeps one
 optimizer.safetensors   `<parameter>/<state>`
-state.json              {"format", "step", "best", "lora", "metrics", "trained_on"}
+state.json              {"format", "step", "best", "lora", "metrics", "trained_on", "processes"}
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _train(add("train", "train a model, or go on with a run"))
     _status(add("status", "say what runs are doing, and why one failed"))
-    _stop(add("stop", "have runs finish their step, save and end"))
+    _stop(add("stop", "have runs save and end, within seconds"))
     _sample(add("sample", "draw pictures with a base or trained model, on one or more GPUs (torchrun)"))
     _encode(add("encode", "encode a run's prompts ahead of it, on one or more GPUs (torchrun)"))
     _score(add("score", "score pictures with a reward: CSV, JSON and a page to look through"))
@@ -110,7 +110,7 @@ def _stop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     parser.add_argument(
         "--patience", type=_positive, default=600, metavar="SECONDS",
-        help="end the process if the step is not done by then, which loses what came after the last checkpoint"
+        help="end a run's processes if they are still there by then, which loses what came after the last checkpoint"
         " (default 600)",
     )  # fmt: skip
 

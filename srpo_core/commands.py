@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from srpo_core.config import ConfigError, RunConfig
-from srpo_core.description import describe_fields, load_run, preset_names
+from srpo_core.description import DIGEST, describe_fields, load_run, preset_names
 
 
 def run_folder(source: str) -> Path | None:
@@ -31,11 +32,11 @@ def run_source(source: str) -> str:
 
 def train_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that `train SOURCE` means: a run's folder is also its output.dir, wherever it was moved or copied to."""
-    config, folder = load_run(run_source(source), overrides), run_folder(source)
-    moved = folder is not None and Path(config.output.dir).resolve() != folder.resolve()
-    if moved and not any(override.startswith("output.dir=") for override in overrides):
-        config.output.dir = str(folder)
-    return config
+    if run_folder(source) is None:
+        return load_run(source, overrides, os.environ.pop(DIGEST, None))
+    from srpo_core.run_folder import load_folder
+
+    return load_folder(source, overrides)
 
 
 def command_line(*words: str | Path) -> str:
@@ -48,25 +49,58 @@ def command_line(*words: str | Path) -> str:
 def train(args: Namespace) -> int:
     """Train, write the report, say where everything is."""
     config = train_config(args.source, args.overrides)
-    from srpo_core.run_folder import check_start
-
     if args.check:
         return _check(config, args.resume)
     if args.background:
         return _start(config, args.resume)
-    check_start(config, resume=args.resume)
-    from srpo_core.assemble import assemble
-    from srpo_core.trainer import STOPPED_EXIT_CODE
+    from srpo_core import gpus, launch, result
 
-    outcome = assemble(config).train(resume=args.resume)
-    run_dir = Path(outcome.run_dir)
+    if launch.is_several(config.parallel) and not _is_one_of_several():
+        return _train_several(config, args.resume)
+    result.check(config)
+    if not _is_one_of_several():
+        os.environ.update(
+            gpus.environment(config.parallel, gpus.find(config.parallel))
+        )  # CUDA reads it when it starts, which is later
+    from srpo_core.assemble import train_run
+    from srpo_core.session import STOPPED_EXIT_CODE
+
+    outcome = train_run(config, resume=args.resume)
+    if _is_one_of_several():
+        return 0  # torchrun takes another number for a failure; the run's state says how it ended
     if not outcome.finished:
-        state = "the state is saved" if outcome.step else "there is nothing to save yet"
-        print(f"\nStopped after step {outcome.step} of {config.optim.steps}; {state}.")
-        print(f"Go on with:  {command_line('train', run_dir, '--resume')}")
+        _say_stopped(config, outcome.step)
         return STOPPED_EXIT_CODE
-    _say_where(config, run_dir)
+    _say_where(config, Path(outcome.run_dir))
     return 0
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun started this process."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _train_several(config: RunConfig, resume: bool) -> int:
+    """Train in processes that torchrun starts, and wait for them."""
+    from srpo_core import launch
+    from srpo_core.session import STOPPED_EXIT_CODE
+
+    state = launch.foreground(config, resume)
+    if state is not None and state.status == "finished":
+        _say_where(config, Path(config.output.dir))
+        return 0
+    if state is not None and state.status == "stopped":
+        _say_stopped(config, state.step)
+        return STOPPED_EXIT_CODE
+    reason = state.error or state.status if state is not None else "its processes ended before they began"
+    print(f"srpo: {reason}", file=sys.stderr)
+    return 1
+
+
+def _say_stopped(config: RunConfig, step: int) -> None:
+    state = "the state is saved" if step else "there is nothing to save yet"
+    print(f"\nStopped after step {step} of {config.optim.steps}; {state}.")
+    print(f"Go on with:  {command_line('train', config.output.dir, '--resume')}")
 
 
 def _start(config: RunConfig, resume: bool) -> int:
@@ -74,7 +108,7 @@ def _start(config: RunConfig, resume: bool) -> int:
     from srpo_core import launch
     from srpo_core.run_state import LOG_FILE
 
-    launch.check_idle(config)
+    launch.check(config, resume)
     _check(config, resume)
     pid, run_dir = launch.start(config, resume), config.output.dir
     print(f"\nStarted as process {pid}; what it prints goes to {Path(run_dir) / LOG_FILE}")
@@ -106,9 +140,12 @@ def stop(args: Namespace) -> int:
 
 
 def _check(config: RunConfig, resume: bool) -> int:
+    from srpo_core import result
     from srpo_core.plan import plan_run
 
-    lines = plan_run(config, resume)
+    lines = plan_run(config, resume).rows
+    if (place := result.check(config)) is not None:
+        lines = [*lines, ("result", str(place))]
     print("The run is fine to start:\n" + "".join(f"  {name:<12} {text}\n" for name, text in lines), end="")
     return 0
 

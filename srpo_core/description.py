@@ -6,6 +6,7 @@ run.json), applies overrides and validates.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import types
 import typing
@@ -19,6 +20,8 @@ from pydantic import BaseModel, ValidationError
 
 from srpo_core.config import ConfigError, MoreReward, RunConfig, nearest
 
+DIGEST = "SRPO_RUN_SHA256"
+"""Holds, in the environment of a process that was started to train, the digest of the description that was checked."""
 ELSEWHERE = {
     "learning_rate": "optim.lr",
     "max_train_steps": "optim.steps",
@@ -80,7 +83,7 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _read_description(source: str) -> dict[str, Any]:
+def _read_description(source: str, sha256: str | None = None) -> dict[str, Any]:
     path = Path(source)
     if path.suffix in {".yaml", ".yml", ".json"}:
         if not path.is_file():
@@ -90,6 +93,8 @@ def _read_description(source: str) -> dict[str, Any]:
         content = (resources.files("srpo_core") / "presets" / f"{source}.yaml").read_bytes()
     else:
         raise ConfigError(f"unknown preset {source!r}{nearest(source, preset_names())}")
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ConfigError(f"{source} has changed since the run was started; start it again")
     try:
         text = content.decode("utf-8-sig")
         data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -154,10 +159,18 @@ def make_config(data: dict[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error)) from error
 
 
-def load_run(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A preset's name or a .yaml/.json file, with overrides such as "optim.lr=1e-5"."""
-    data = _read_description(source)
+def load_run(source: str, overrides: Sequence[str] = (), sha256: str | None = None) -> RunConfig:
+    """A preset's name or a .yaml/.json file, with overrides such as "optim.lr=1e-5".
+
+    ConfigError if the content isn't that of the digest `sha256`, where one is given.
+    """
+    data = _read_description(source, sha256)
     for override in overrides:
-        keys, value = _parse_override(override)
-        _place(data, keys, value)
+        place_override(data, override)
     return make_config(data)
+
+
+def place_override(data: dict[str, Any], override: str) -> None:
+    """Put a setting such as "optim.lr=1e-5" into a nested dict of settings. ConfigError if it is none."""
+    keys, value = _parse_override(override)
+    _place(data, keys, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from srpo_core.config import ConfigError
 
@@ -26,8 +26,11 @@ def ran_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def enough_memory(phase: str, advice: str) -> Iterator[None]:
-    """Inside the context, running out of memory is a TrainingError that names the phase and what to try."""
+def enough_memory(phase: str, advice: str | Callable[[], str]) -> Iterator[None]:
+    """Inside the context, running out of memory is a TrainingError that names the phase and what to try.
+
+    An `advice` that takes work is a function, called when it is needed.
+    """
     try:
         yield
     except TrainingError:
@@ -36,7 +39,8 @@ def enough_memory(phase: str, advice: str) -> Iterator[None]:
         if not ran_out_of_memory(error):
             raise
         lines = str(error).strip().splitlines()
-        raise TrainingError(f"{phase}: out of memory; {advice}" + (f". {lines[0]}" if lines else "")) from error
+        told = advice if isinstance(advice, str) else advice()
+        raise TrainingError(f"{phase}: out of memory; {told}" + (f". {lines[0]}" if lines else "")) from error
 
 
 @contextlib.contextmanager

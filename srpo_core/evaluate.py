@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from srpo_core.columns import means
+from torch import Tensor
+
+from srpo_core.columns import Scores
 from srpo_core.errors import TrainingError
 from srpo_core.files import write_atomic
-from srpo_core.interfaces import FlowModel
 from srpo_core.preview import Gallery, to_pil
 
 When = Literal["before", "after"]
@@ -50,13 +51,11 @@ class Evaluation:
         record = self._record()
         return when not in record or (when == "after" and record["after_step"] != step)
 
-    def make(self, when: When, step: int, flow: FlowModel, on_batch: Callable[[int], None]) -> dict[str, float]:
-        """Draw and score the gallery with the model of `step`, and keep pictures and scores; the scores' means."""
-        images, scores = self.gallery.draw(flow, on_batch)
+    def keep(self, when: When, step: int, images: Tensor, scores: Scores) -> None:
+        """Write down the gallery's pictures [n, 3, H, W] and scores by the model of `step`."""
         folder = evaluation_file(self.run_dir).parent / when
         folder.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
             to_pil(image).save(folder / f"{i:03d}.png")
         record = self._record() | {when: scores} | ({"after_step": step} if when == "after" else {})
         write_atomic(evaluation_file(self.run_dir), json.dumps(record, indent=1))
-        return means(scores)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from srpo_core.config import ConfigError
@@ -24,18 +26,32 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) beside its place, then rename it there; its folder is made if need be."""
+def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """Write a file (text as UTF-8) beside its place, then rename it there; its folder is made if need be.
+
+    One that isn't `durable` need not survive a machine that loses its power, and costs no wait for the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".tmp-{path.name}")
     try:
         beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        sync(beside)
-        os.replace(beside, path)
+        if durable:
+            sync(beside)
+        _replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
+
+
+def _replace(beside: Path, path: Path) -> None:
+    """os.replace; Windows refuses it for as long as someone reads the file, which is tried for a second."""
+    for _ in range(20 if os.name == "nt" else 0):
+        with contextlib.suppress(PermissionError):
+            return os.replace(beside, path)
+        time.sleep(0.05)
+    os.replace(beside, path)
 
 
 def nearest_existing(path: Path) -> Path:

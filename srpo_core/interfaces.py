@@ -136,6 +136,19 @@ class Components:
         """The flow for questions of shape: a large family that has not loaded it answers with a module on meta."""
         return self.flow
 
+    def autoencoder_outline(self) -> Autoencoder:
+        """The autoencoder for questions of shape, as `outline`."""
+        return self.autoencoder
+
+    def text_outline(self) -> Sequence[nn.Module]:
+        """The text encoder's networks for questions of shape; none where they don't count."""
+        return ()
+
+    def embeds_outline(self) -> Mapping[str, tuple[int, ...]]:
+        """The shapes of one prompt's embeddings; a large family answers without encoding one."""
+        some = next((prompts[0] for prompts in self.prompts.values() if prompts), "a picture")
+        return {name: tuple(tensor.shape[1:]) for name, tensor in self.text_encoder([some]).embeds.items()}
+
     def release(self, part: str) -> None:
         """Forget a part that has done its work ("text_encoder"), and give its memory back."""
         self.__dict__.pop(part, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from srpo_core.config import RunConfig
 from srpo_core.errors import NotFiniteError, blamed_on
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
-from srpo_core.metrics import Clock, StepMetrics
+from srpo_core.metrics import Clock, StepMetrics, over_processes
 from srpo_core.optim import Average, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from srpo_core.parallel import World, attention_with_gradient
 from srpo_core.photos import load_photos
@@ -48,16 +48,19 @@ class Parts:
     """What the user should know before training starts."""
     trained_on: str = ""
     """A digest of the prompts and photos: a resumed run says so if they are others."""
+    less_memory: Callable[[], str] = lambda: "try a smaller data.batch_size or data.height and data.width"
+    """What to try where memory runs out."""
 
 
 class Learner:
     """The parameters of flow.module that require a gradient, their optimizer and running average, and how they learn.
 
     A step is a function of its number and of what the learner holds: no random state goes from one step to the next.
+    `check` is called often during one, and may raise to end it.
     """
 
-    def __init__(self, config: RunConfig, world: World, parts: Parts) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: RunConfig, world: World, parts: Parts, check: Callable[[], None] = lambda: None) -> None:
+        self.config, self.world, self._check = config, world, check
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
@@ -65,24 +68,39 @@ class Learner:
         self.average = Average(self.trained, config.optim.ema_decay) if config.optim.ema_decay else None
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
-        """Optimizer step 1, 2, ... NotFiniteError leaves the weights as they were before the step."""
-        liked, disliked = self.words.pair(number)
+        """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
+        words = self.words.pair(number)
         tally = _Tally(self.rewards)
-        for micro in range(self.config.optim.accumulation):
-            with clock.phase("rollout"):
-                clean = self._rollout(number, micro)
-                on_photos = self.data.on_photos(self._micro(number, micro))
-                tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
-                _require_finite(clean.clean, "the rollout")
-            with clock.phase("gradient"), attention_with_gradient():
-                for draw in range(self.config.align.draws_per_rollout):
-                    for branch, align_step in self._align_steps(number, micro, draw):
-                        loss = self._branch_loss(clean, branch, align_step, (liked, disliked), tally)
-                        _require_finite(loss, f"the loss of the {branch} branch")
-                        loss.backward()
-        with clock.phase("optimizer"):
-            grad_norm, lr = self._update(number)
-        return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **tally.summary())
+        try:
+            with self.world.together():
+                for micro in range(self.config.optim.accumulation):
+                    self._add_gradients(number, micro, words, tally, clock)
+                self._check()
+            with self.world.together(), clock.phase("optimizer"):
+                self.world.average([p.grad for p in self.trained.values() if p.grad is not None])
+                grad_norm, lr = self._update(number)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        liked, disliked = words
+        summary = over_processes(self.world.exchange(tally.summary()))
+        return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
+
+    def _add_gradients(self, number: int, micro: int, words: tuple[str, str], tally: _Tally, clock: Clock) -> None:
+        """Add a micro-batch's share of the step's gradient to the trained parameters'."""
+        with clock.phase("rollout"):
+            self._check()
+            clean = self._rollout(number, micro)
+            on_photos = self.data.on_photos(self._micro(number, micro))
+            tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
+            _require_finite(clean.clean, "the rollout")
+        with clock.phase("gradient"), attention_with_gradient():
+            for draw in range(self.config.align.draws_per_rollout):
+                for branch, align_step in self._align_steps(number, micro, draw):
+                    self._check()
+                    loss = self._branch_loss(clean, branch, align_step, words, tally)
+                    _require_finite(loss, f"the loss of the {branch} branch")
+                    self._check()
+                    loss.backward()
 
     def _branch_loss(
         self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: _Tally
@@ -108,13 +126,15 @@ class Learner:
     def _update(self, number: int) -> tuple[Tensor, float]:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), optim.max_grad_norm)
+        parameters = list(self.trained.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
         _require_finite(grad_norm, "the gradient")
+        torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm, grad_norm)
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(number)
         return grad_norm, lr
@@ -123,13 +143,20 @@ class Learner:
         """The run's micro-batch 0, 1, ... of a step's."""
         return (number - 1) * self.config.optim.accumulation + micro
 
+    def _part(self, micro: int) -> int:
+        """Which of the step's micro-batches this is, among those of all processes.
+
+        So two processes draw what one with twice the accumulation does, but for same_noise.
+        """
+        return micro * self.world.size + self.world.rank
+
     def _rollout(self, number: int, micro: int) -> Rollout:
         """Clean latents of the micro-batch's prompts: sampled from noise, or encoded from their photos."""
         config, world = self.config, self.world
         batch = self.data.at(self._micro(number, micro), world.rank, world.size)
         prompts = batch.prompts.to(world.device)
-        noise_rank = 0 if config.rollout.same_noise and not batch.photos else world.rank
-        generator = generator_for(config.seed, number, noise_rank, f"noise {micro}")
+        part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
+        generator = generator_for(config.seed, number, 0, f"noise {part}")
         shape = self.flow.latent_shape(batch.height, batch.width)
         noise = torch.randn(len(prompts), *shape, generator=generator).to(world.device)
         if batch.photos:
@@ -137,12 +164,12 @@ class Learner:
             with blamed_on("the autoencoder (model.autoencoder)"):
                 return rollout_from_images(self.autoencoder, images, prompts, noise)
         sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
-        return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance)
+        return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, lambda *_: self._check())
 
     def _align_steps(self, number: int, micro: int, draw: int) -> list[tuple[str, AlignStep]]:
         """Each branch and its gradient step, at levels drawn for this draw."""
         config = self.config
-        generator = generator_for(config.seed, number, self.world.rank, f"levels {micro} {draw}")
+        generator = generator_for(config.seed, number, 0, f"levels {self._part(micro)} {draw}")
         steps = sample_align_steps(config.align, config.rollout.shift, config.data.batch_size, generator)
         return list(zip(config.align.branches, steps, strict=True))
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def over_processes(parts: Sequence[Any]) -> Any:
+    """What each process measured, as one: means of floats, sums of counts, in dicts of the same keys (or fewer)."""
+    if isinstance(parts[0], dict):
+        keys = dict.fromkeys(key for part in parts for key in part)
+        return {key: over_processes([part[key] for part in parts if key in part]) for key in keys}
+    return sum(parts) if isinstance(parts[0], int) else sum(parts) / len(parts)
 
 
 class Clock:
@@ -135,11 +143,13 @@ class MetricsLog:
             kept.append(dict(last))
         write_atomic(metrics_file(run_dir), "".join(f"{json.dumps(record)}\n" for record in kept))
         self._file = metrics_file(run_dir).open("a", encoding="utf-8")
+        self._newest = kept[-1]["step"] if kept else -1
         self._writer = _tensorboard_writer(Path(run_dir) / "tensorboard", after + 1) if tensorboard else None
 
     def write(self, metrics: StepMetrics) -> None:
         """Append a step."""
         line = metrics.line()
+        self._newest = metrics.step
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -147,6 +157,11 @@ class MetricsLog:
                 if isinstance(value, int | float) and name != "step":
                     self._writer.add_scalar(name, value, metrics.step)
             self._writer.flush()
+
+    def write_missing(self, metrics: StepMetrics) -> None:
+        """Append a step that was done and whose line isn't there yet."""
+        if metrics.step > max(0, self._newest):
+            self.write(metrics)
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Show a preview in TensorBoard."""
@@ -166,6 +181,22 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class NoLog(MetricsLog):
+    """That of a process whose run another one records."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Nothing."""
+
+    def write_missing(self, metrics: StepMetrics) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _tensorboard_writer(folder: Path, first_step: int) -> Any:

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from srpo_core.config import ConfigError, ParallelConfig
+from srpo_core.errors import TrainingError
+from srpo_core.stopping import StopRequested
 
 Item = TypeVar("Item")
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for the others, such as the first one while it writes a large checkpoint."""
+BUCKET = 2**25
+"""Numbers that are averaged at once."""
+
+
+class OthersError(TrainingError):
+    """What ended another process of the run, and so this one too."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +46,184 @@ class World:
         """This process's part of a list, in order: each size-th item from `rank` on. All parts make up the list."""
         return list(items[self.rank :: self.size])
 
+    def in_order(self, parts: Sequence[Sequence[Item]]) -> list[Item]:
+        """The list of which `parts` are every process's share, by rank."""
+        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Inside the context the processes that torchrun started can do what follows; one by itself can anyway.
+
+        TrainingError if they don't find each other.
+        """
+        if self.size == 1:
+            yield
+            return
+        if self.device.type == "mps":
+            raise ConfigError(
+                f"parallel.processes={self.size}: a Mac's GPU trains with one process; or set parallel.device=cpu"
+            )
+        nccl = self.device.type == "cuda" and dist.is_nccl_available()
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError, OSError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise TrainingError(
+                f"the run's {self.size} processes didn't find each other at {where}: {error}; that address must be"
+                " machine 0's, and no firewall between them"
+            ) from error
+        yield
+        dist.destroy_process_group()  # not after an error: others may be gone, and this process ends too
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside the context each process works by itself; then all go on, or end with what ended one of them.
+
+        One's StopRequested is raised in all; one's error is an OthersError elsewhere. What all know passes through
+        outer contexts as it is: each process has then left the same exchange, so they agree on what comes next.
+        """
+        try:
+            yield
+        except StopRequested as stop:
+            if self.size > 1 and not _is_known(stop):
+                self._heed(self._round({"ended": ""}))
+            raise
+        except Exception as error:
+            if self.size > 1 and not _is_known(error):
+                with contextlib.suppress(OthersError):  # one that is gone needs no telling
+                    self._round({"ended": _words(error)})
+                _make_known(error)
+            raise
+        self.exchange(None)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every process's value, of JSON's types, by rank. Raises as `together` does if one can't go on."""
+        if self.size == 1:
+            return [value]
+        told = self._round({"value": value})
+        self._heed(told)
+        return [one["value"] for one in told]
+
+    def _heed(self, told: Sequence[dict[str, Any]]) -> None:
+        ended = [(rank, one["ended"]) for rank, one in enumerate(told) if "ended" in one]
+        if not ended:
+            return
+        failed = [f"rank {rank} of {self.size}: {words}" for rank, words in ended if words]
+        raise _make_known(OthersError("; ".join(failed)) if failed else StopRequested())
+
+    def _round(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every process's message, by rank."""
+        text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        with _others_answer():
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(lengths, torch.tensor([len(text)]))
+            longest = int(max(lengths))
+            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - len(text))))
+        return [json.loads(bytes(one[: int(length)].tolist())) for one, length in zip(texts, lengths, strict=True)]
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors, of the same shapes and type on every process, their mean over processes."""
+        for bucket in _buckets(tensors) if self.size > 1 else ():
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with _others_answer():
+                dist.all_reduce(flat)
+            flat /= self.size
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def as_main(self, tensor: Tensor) -> Tensor:
+        """The main process's tensor, into everyone's."""
+        if self.size > 1:
+            with _others_answer():
+                dist.broadcast(tensor, 0)
+        return tensor
+
+    def collect(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The main process gets all of a list that was shared out, others keep their `parts`.
+
+        It holds float32 tensors on the CPU, of the `shapes` that the main process knows.
+        """
+        with _others_answer():
+            if not self.is_main:
+                for part in parts:
+                    dist.send(part.contiguous(), 0)
+                return list(parts)
+            mine = iter(parts)
+            whole = [torch.empty(*shape) if i % self.size else next(mine) for i, shape in enumerate(shapes)]
+            for i, tensor in enumerate(whole):
+                if i % self.size:
+                    dist.recv(tensor, i % self.size)
+        return whole
+
+    def check_same(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """TrainingError if float32 tensors aren't the same on every process; their bits are summed up for that."""
+        if self.size > 1:
+            bits = [tensor.detach().view(torch.int32) for tensor in tensors.values()]
+            sums = torch.stack([one.sum(dtype=torch.int64) for one in bits])
+            told = self.exchange([int(one) for one in sums])
+            differ = [name for name, *each in zip(tensors, *told, strict=True) if len(set(each)) > 1]
+            if differ:
+                raise TrainingError(
+                    f"{what} are not the same on the run's processes ({len(differ)} tensors, such as {differ[0]});"
+                    " do all machines have the same files and versions?"
+                )
+
     def synchronize(self) -> None:
         """Wait for the device's queued work, so that a clock can be read."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def _others_answer() -> Iterator[None]:
+    """Inside the context others are waited for; OthersError if they don't answer."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _make_known(
+            OthersError(
+                "another process of this run is gone (killed, or out of the host's memory) or hangs; train.log shows"
+                f" what each one said last ({str(error).splitlines()[0]})"
+            )
+        ) from error
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Whether an error, or what it is about, was told to all processes."""
+    while error is not None:
+        if getattr(error, "known_to_all", False):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _make_known(error: BaseException) -> BaseException:
+    error.known_to_all = True
+    return error
+
+
+def _words(error: Exception) -> str:
+    """What others are told of an error."""
+    return str(error) if isinstance(error, ConfigError | TrainingError) else f"{type(error).__name__}: {error}"
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of together at most BUCKET numbers, or single larger ones."""
+    bucket: list[Tensor] = []
+    count = 0
+    for tensor in tensors:
+        if bucket and count + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, count = [], 0
+        bucket.append(tensor)
+        count += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 @contextlib.contextmanager
@@ -77,14 +263,14 @@ def make_world(config: ParallelConfig, setting: str = "parallel.device") -> Worl
     size = _from_launcher("WORLD_SIZE", 1)
     if size > 1:
         raise ConfigError(
-            f"WORLD_SIZE={size}: only `srpo sample` and `srpo encode` share their work among processes; start this"
+            f"WORLD_SIZE={size}: only `srpo train`, `sample` and `encode` share their work among processes; start this"
             " command as a single one, without torchrun"
         )
     return World(rank=0, size=1, device=choose_device(config.device, setting))
 
 
 def divided_world(config: ParallelConfig) -> World:
-    """This process's place in work that divides, by torchrun's RANK, WORLD_SIZE and LOCAL_RANK; no process group.
+    """This process's place in work that divides, by torchrun's RANK, WORLD_SIZE and LOCAL_RANK; not yet `joined`.
 
     Each process takes the GPU of its LOCAL_RANK. ConfigError if there is none for it, or if the launcher's numbers or
     parallel.device don't fit.

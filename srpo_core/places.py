@@ -19,23 +19,30 @@ _ALIASES = {"diffusion_models": ("unet",), "text_encoders": ("clip",)}
 """Older names of ComfyUI's folders, which it still reads."""
 _ASKED: ContextVar[Callable[[str], Sequence[str | Path]] | None] = ContextVar("ComfyUI's folders", default=None)
 """What names ComfyUI's folders for a kind of models, where a running ComfyUI is asked."""
+_ROOT: ContextVar[Path | None] = ContextVar("ComfyUI's own folder", default=None)
 
 
 @contextlib.contextmanager
-def folders_from(lookup: Callable[[str], Sequence[str | Path]]) -> Iterator[None]:
+def folders_from(lookup: Callable[[str], Sequence[str | Path]], root: Path | None = None) -> Iterator[None]:
     """Inside the context, ComfyUI's folders for a kind of models ("vae") are what `lookup` returns for it.
 
-    A running ComfyUI knows them best: its command line may have moved them.
+    A running ComfyUI knows them best: its command line may have moved them. `root` is the folder of its own files.
     """
-    token = _ASKED.set(lookup)
+    asked, at = _ASKED.set(lookup), _ROOT.set(root)
     try:
         yield
     finally:
-        _ASKED.reset(token)
+        _ASKED.reset(asked)
+        _ROOT.reset(at)
 
 
 def comfyui_root() -> Path | None:
-    """ComfyUI's folder: what COMFYUI_PATH names, else the one in whose custom_nodes this project lies; None if none."""
+    """ComfyUI's folder: what COMFYUI_PATH names, else the one in whose custom_nodes this project lies; None if none.
+
+    Inside of `folders_from` it is the running ComfyUI's.
+    """
+    if (running := _ROOT.get()) is not None:
+        return running
     named = os.environ.get("COMFYUI_PATH")
     if named:
         path = Path(named).expanduser()

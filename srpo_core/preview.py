@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import textwrap
@@ -18,8 +19,12 @@ from srpo_core.columns import Scores, score_columns
 from srpo_core.files import write_atomic
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, FlowModel, Measure, PromptBatch, Reward
+from srpo_core.parallel import World
 from srpo_core.preference import ControlWords
 from srpo_core.rollout import rollout
+
+COLUMNS, GAP, CAPTION, LEAST_WIDTH = 4, 8, 34, 192
+"""Of a contact sheet: pictures in a row, and pixels between them, below them and across them at least."""
 
 
 @torch.no_grad()
@@ -34,17 +39,19 @@ def sample_images(
     batch_size: int,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Images [n, 3, H, W] in [0, 1], on the CPU, of n prompts from noise [n, C, h, w].
 
-    `on_batch(images done)` is called after each batch.
+    `on_batch(images done)` is called after each batch, `check()` after each Euler step.
     """
     sigmas = shifted_sigmas(num_steps, shift)
     images = []
     for start in range(0, len(prompts), batch_size):
         rows = range(start, min(start + batch_size, len(prompts)))
         batch = prompts.select(rows).to(device)
-        clean = rollout(flow, batch, noise[rows.start : rows.stop].to(device), sigmas, guidance).clean
+        started = noise[rows.start : rows.stop].to(device)
+        clean = rollout(flow, batch, started, sigmas, guidance, lambda *_: check()).clean
         images.append(autoencoder.decode(clean).cpu())
         if on_batch is not None:
             on_batch(rows.stop)
@@ -82,20 +89,43 @@ def from_pil(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def contact_sheet(images: Tensor, captions: Sequence[str], columns: int = 4, least_width: int = 192) -> Image.Image:
+def contact_sheet(images: Tensor, captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
     """Images [n, 3, H, W] in rows with their captions below; small ones are enlarged by a whole factor."""
-    factor = max(1, math.ceil(least_width / images.shape[-1]))
-    width, height, strip = images.shape[-1] * factor, images.shape[-2] * factor, 34
+    factor = _enlargement(images.shape[-1])
+    width, height = images.shape[-1] * factor, images.shape[-2] * factor
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (width + 8) + 8, rows * (height + strip + 8) + 8), "white")
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + CAPTION + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = 8 + i % columns * (width + 8), 8 + i // columns * (height + strip + 8)
+        left, top = GAP + i % columns * (width + GAP), GAP + i // columns * (height + CAPTION + GAP)
         sheet.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
         lines = textwrap.wrap(caption, max(8, width // 6), max_lines=2, placeholder=" ...")
         draw.text((left, top + height + 3), "\n".join(lines), fill="black", font=font)
     return sheet
+
+
+def _enlargement(width: int) -> int:
+    return max(1, math.ceil(LEAST_WIDTH / width))
+
+
+def split_sheet(sheet: Image.Image, count: int, height: int, width: int) -> Tensor:
+    """The images [count, 3, height, width] of a contact sheet, in [0, 1], as they went in.
+
+    ValueError if it is no sheet of so many of that size.
+    """
+    factor, columns = _enlargement(width), min(COLUMNS, count)
+    step_x, step_y = width * factor + GAP, height * factor + CAPTION + GAP
+    if count < 1 or sheet.size != (columns * step_x + GAP, math.ceil(count / columns) * step_y + GAP):
+        raise ValueError(
+            f"{sheet.width} x {sheet.height} pixels are no sheet of {count} pictures of {width} x {height}"
+        )
+    pixels = from_pil(sheet)
+    images = []
+    for i in range(count):
+        left, top = GAP + i % columns * step_x, GAP + i // columns * step_y
+        images.append(pixels[:, top : top + height * factor : factor, left : left + width * factor : factor])
+    return torch.stack(images)
 
 
 @dataclass(frozen=True)
@@ -115,17 +145,43 @@ class Gallery:
     batch_size: int
     device: torch.device
 
-    def draw(self, flow: FlowModel, on_batch: Callable[[int], None] | None = None) -> tuple[Tensor, Scores]:
-        """Images [n, 3, H, W] of the prompts by `flow`, and their scores; `on_batch(images done)` after each batch."""
-        images = sample_images(
-            flow, self.autoencoder, self.prompts, self.noise, self.num_steps, self.shift, self.guidance,
-            self.batch_size, self.device, on_batch,
+    def draw(
+        self,
+        flow: FlowModel,
+        world: World,
+        on_batch: Callable[[int], None] = lambda done: None,
+        check: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, Scores]:
+        """Images [n, 3, H, W] of the prompts by `flow`, and their scores.
+
+        Processes share the batches; all get the scores, the main one the images (others some of them). `on_batch(images
+        done)` is called after each batch; `check()`, which may raise, more often.
+        """
+        count, images, scores = len(self.prompts), [], []
+        batches = [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+        with world.together():
+            for rows in world.share(batches):
+                images.append(self._draw_batch(flow, rows, check))
+                scores.append(self._score_batch(images[-1], rows))
+                on_batch(min(count, len(images) * world.size * self.batch_size))
+        shapes = [(len(rows), *images[0].shape[1:]) for rows in batches] if images else []
+        whole: Scores = {}
+        for part in world.in_order(world.exchange(scores)):
+            for name, values in part.items():
+                whole.setdefault(name, []).extend(values)
+        return torch.cat(world.collect(images, shapes) or [torch.empty(0)]), whole
+
+    def _draw_batch(self, flow: FlowModel, rows: range, check: Callable[[], None]) -> Tensor:
+        return sample_images(
+            flow, self.autoencoder, self.prompts.select(rows), self.noise[rows.start : rows.stop], self.num_steps,
+            self.shift, self.guidance, len(rows), self.device, check=check,
         )  # fmt: skip
-        scores = score_images(
-            images, self.prompts.prompts, self.reward, self.words, self.contrast, self.measures, self.batch_size,
-            self.device,
+
+    def _score_batch(self, images: Tensor, rows: range) -> Scores:
+        return score_images(
+            images, self.prompts.prompts[rows.start : rows.stop], self.reward, self.words, self.contrast, self.measures,
+            len(rows), self.device,
         )  # fmt: skip
-        return images, scores
 
 
 def save_preview(run_dir: Path, step: int, prompts: Sequence[str], images: Tensor, scores: Scores) -> Image.Image:
@@ -133,6 +189,8 @@ def save_preview(run_dir: Path, step: int, prompts: Sequence[str], images: Tenso
     folder = run_dir / "previews"
     folder.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(images, prompts)
-    sheet.save(folder / f"step-{step:06d}.png")
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    write_atomic(folder / f"step-{step:06d}.png", png.getvalue())
     write_atomic(folder / f"step-{step:06d}.json", json.dumps({"prompts": list(prompts), **scores}, indent=1))
     return sheet

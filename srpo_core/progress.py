@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 
 from rich.console import Console
@@ -25,9 +26,13 @@ LINES_EVERY = 10
 
 
 class Display:
-    """A run's voice. `quiet` silences it (ranks other than the main one)."""
+    """A run's voice. `quiet` silences it (ranks other than the main one).
+
+    `on_phase(name, done, total)` hears of every change; total is 0 where nothing is counted.
+    """
 
     def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.on_phase: Callable[[str, int, int], None] = lambda name, done, total: None
         self.console = console or Console(quiet=quiet, highlight=False, emoji=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -43,7 +48,9 @@ class Display:
         self._task: TaskID | None = None
         self._began = time.monotonic()
         self._first = 0
+        self._done = 0
         self._total = 0
+        self._name = ""
 
     def __enter__(self) -> Display:
         return self
@@ -67,16 +74,27 @@ class Display:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(name, total=total, completed=done, text="")
         self._bar.start()
-        self._began, self._first, self._total = time.monotonic(), done, total
+        self._began, self._first, self._done, self._total, self._name = time.monotonic(), done, done, total, name
+        self.on_phase(name, done, total)
         if not self.console.is_terminal:
             self.say(f"{name}: {total - done} to do")
 
     def advance(self, done: int, text: str = "") -> None:
         """`done` of the phase's things are done by now; plain lines come at the first, the last and some between."""
         self._bar.update(self._task, completed=done, text=text)
+        self._done = done
+        self.on_phase(self._name, done, self._total)
         due = done in (self._first + 1, self._total) or done % max(LINES_EVERY, self._total // 100) == 0
         if not self.console.is_terminal and due:
             self.say(f"{done}/{self._total}  {text}  {self._time_left(done)}")
+
+    @contextlib.contextmanager
+    def during(self, name: str, total: int = 0) -> Iterator[Callable[[int], None]]:
+        """A phase within another one, which goes on after it; the terminal isn't told. Gives a count of things done."""
+        self.on_phase(name, 0, total)
+        yield lambda done: self.on_phase(name, done, total)
+        if self._name:
+            self.on_phase(self._name, self._done, self._total)
 
     def step(self, metrics: StepMetrics) -> None:
         """A training step is done."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.config import ConfigError, RunConfig, flat
-from srpo_core.description import load_run
+from srpo_core.description import load_run, make_config, place_override
 from srpo_core.files import free_bytes, nearest_existing, size_text, write_atomic
 from srpo_core.metrics import read_metrics
 
@@ -49,12 +49,39 @@ def check_start(config: RunConfig, resume: bool = False) -> None:
         )
     if not list_checkpoints(folder):
         return
-    changes = list(changed_settings(load_run(str(folder / "run.json")), config))
+    changes = list(changed_settings(load_folder(folder), config))
     if changes:
         lines = "".join(f"\n  {name}: {old!r} there, {new!r} now" for name, old, new in changes)
+        if any(name == "optim.steps" for name, *_ in changes):
+            lines += (
+                f"\noptim.schedule={config.optim.schedule} has lr fall until the last step, so the number of steps"
+                " belongs to the run: with optim.schedule=constant one can go on for longer; or start a new run from"
+                " this one's LoRA (lora.start)"
+            )
         raise ConfigError(
             f"output.dir={config.output.dir!r} holds a run with other settings; go on with its own:{lines}"
         )
+
+
+def load_folder(run_dir: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's description, read from its folder: output.dir is that folder, wherever it was moved or copied to.
+
+    Absolute paths of things that lay in the folder follow it. ConfigError where there is no run.
+    """
+    folder = Path(run_dir)
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"{run_dir} is no run folder: it holds no run.json")
+    config = load_run(str(folder / "run.json"))
+    before, record = Path(config.output.dir), config.model_dump()
+    if before.resolve() != folder.resolve():
+        for name, value in flat(record):
+            if isinstance(value, str) and before.is_absolute() and Path(value).is_relative_to(before):
+                section, _, key = name.partition(".")
+                record[section][key] = str(folder.absolute() / Path(value).relative_to(before))
+        record["output"]["dir"] = str(run_dir)
+    for override in overrides:
+        place_override(record, override)
+    return make_config(record)
 
 
 @contextlib.contextmanager

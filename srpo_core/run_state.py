@@ -9,27 +9,34 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 from srpo_core.config import ConfigError
 from srpo_core.files import write_atomic
-from srpo_core.metrics import read_metrics
+from srpo_core.metrics import metrics_file, read_metrics
 
 Status = Literal["starting", "training", "stopped", "finished", "failed", "killed"]
 ACTIVE: tuple[Status, ...] = ("starting", "training")
 FILE = "state.json"
 STOP_FILE = "stop"
-"""Its presence in a run's folder asks the run to finish its step, save and end."""
+"""Its presence in a run's folder asks the run to save and end."""
 LOG_FILE = "train.log"
 """What a run in the background prints."""
 TAIL_BYTES = 8192
+RECENT_BYTES = 1 << 16
+"""End of metrics.jsonl that is read for the step and the pace."""
 PACE = 8
 """Steps that the time left is guessed by."""
+TELL_EVERY = 0.5
+"""Seconds between two words about how far a phase is."""
+SILENT = 120.0
+"""Seconds without a sign of life (Telling.sign) after which a run on another machine counts as killed."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class RunState:
     """A run's state; `step` of `steps` is where its metrics stand."""
 
     status: Status
+    """It is "starting" until models are loaded, while ending it loses nothing, then "training" until all is written."""
     pid: int
     created: float
     """When the process began, in seconds since 1970: with the pid, that names it for good."""
@@ -45,6 +53,18 @@ class RunState:
     """Why it failed, in the words that the command line would print."""
     step: int = 0
     steps: int = 0
+    phase: str = ""
+    """What it does just now, such as "encoding prompts" or "preview"; "" where that isn't told."""
+    phase_done: int = 0
+    phase_total: int = 0
+    """Things in the phase; 0 where nothing is counted."""
+    began: float = 0.0
+    """When this part of the run began, in seconds since 1970."""
+    ended: float | None = None
+    """When it ended; of a killed one the last sign of life."""
+    launcher: int = 0
+    """The process that holds those of a run of several (torchrun); 0 where there is none."""
+    launcher_created: float = 0.0
 
     @property
     def active(self) -> bool:
@@ -52,11 +72,57 @@ class RunState:
         return self.status in ACTIVE
 
 
+class Telling:
+    """What the process at work on a run says about it; `outcome` is how it ends where nothing goes wrong."""
+
+    outcome: Status = "stopped"
+
+    def __init__(self, run_dir: Path, state: RunState) -> None:
+        self._run_dir, self._state, self._told = run_dir, state, 0.0
+        self._write()
+
+    def phase(self, name: str, done: int = 0, total: int = 0) -> None:
+        """Say what is done just now, and how far it is. A new phase is told at once, else every TELL_EVERY seconds."""
+        now, changed = time.monotonic(), name != self._state.phase
+        self._state = replace(self._state, phase=name, phase_done=done, phase_total=total)
+        if changed or now - self._told >= TELL_EVERY:
+            self._told = now
+            with contextlib.suppress(OSError):  # a full disk is told about by what needs it
+                self._write(durable=False)
+
+    def training(self) -> None:
+        """Say that everything is loaded."""
+        self._state = replace(self._state, status="training")
+        self._write()
+
+    def end(self, status: Status, error: str = "") -> None:
+        """Say how it ended."""
+        self._state = replace(self._state, status=status, error=error, phase="", phase_done=0, phase_total=0)
+        self._state = replace(self._state, ended=time.time())
+        self._write()
+
+    def sign(self) -> None:
+        """Show that the process is there, to those on other machines."""
+        with contextlib.suppress(OSError):
+            os.utime(self._run_dir / FILE)
+
+    def _write(self, durable: bool = True) -> None:
+        write_atomic(self._run_dir / FILE, json.dumps(asdict(self._state), indent=1), durable)
+
+
 def write_state(run_dir: Path, status: Status, steps: int, pid: int | None = None, error: str = "") -> None:
     """Say what the process `pid` (default: this one) does in a run's folder."""
+    Telling(run_dir, _state_of(status, steps, pid, error))
+
+
+def _state_of(status: Status, steps: int, pid: int | None = None, error: str = "", launcher: int = 0) -> RunState:
     process = psutil.Process(pid)
-    record = RunState(status, process.pid, process.create_time(), socket.gethostname(), error, steps=steps)
-    write_atomic(run_dir / FILE, json.dumps(asdict(record), indent=1))
+    above = psutil.Process(launcher).create_time() if launcher else 0.0
+    ended = None if status in ACTIVE else time.time()
+    return RunState(
+        status, process.pid, process.create_time(), socket.gethostname(), error, steps=steps, began=time.time(),
+        ended=ended, launcher=launcher, launcher_created=above,
+    )  # fmt: skip
 
 
 def read_state(run_dir: Path) -> RunState | None:
@@ -64,52 +130,72 @@ def read_state(run_dir: Path) -> RunState | None:
 
     A process that is gone without a word was killed; or it failed before training, and its log says why.
     """
+    path = Path(run_dir) / FILE
     try:
-        state = RunState(**json.loads((run_dir / FILE).read_text(encoding="utf-8")))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        state = RunState(**{field.name: record[field.name] for field in fields(RunState) if field.name in record})
+        seen = path.stat().st_mtime
     except (OSError, ValueError, TypeError):
         return None
-    lines = read_metrics(run_dir)
-    changes = {"step": lines[-1]["step"] if lines else 0}
-    if state.active and not is_alive(state):
-        failed = state.status == "starting"
+    lines = recent_metrics(run_dir)
+    changes: dict[str, Any] = {"step": lines[-1]["step"] if lines else 0}
+    silent = state.host != socket.gethostname() and time.time() - seen > SILENT
+    if state.active and (silent or not is_alive(state)):
+        failed = state.status == "starting" and not silent
         changes |= {"status": "failed", "error": "\n".join(log_tail(run_dir))} if failed else {"status": "killed"}
+        changes["ended"] = seen
     return replace(state, **changes)
 
 
 def is_alive(state: RunState) -> bool:
-    """Whether the process that wrote a state is still there; of one on another machine that is believed."""
+    """Whether a process of the run is still there; of one on another machine its state is believed."""
     if state.host != socket.gethostname():
-        return True
+        return state.active
+    launched = state.launcher != 0 and is_running(state.launcher, state.launcher_created)
+    return launched or is_running(state.pid, state.created)
+
+
+def is_running(pid: int, created: float) -> bool:
+    """Whether the process of this pid that began then is running."""
     try:
-        process = psutil.Process(state.pid)
-        gone = process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - state.created) > 1
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) <= 1
     except psutil.NoSuchProcess:
         return False
-    return not gone
 
 
 @contextlib.contextmanager
-def told(run_dir: Path, steps: int) -> Iterator[None]:
-    """Inside the context the run is training; an exception that leaves it is written down as the reason it failed.
+def told(run_dir: Path, steps: int, launcher: int = 0) -> Iterator[Telling]:
+    """Inside the context this process works on the run; an exception that leaves it is the reason why it failed.
 
-    A request to stop that came while this process was starting holds; an older one is forgotten.
+    `launcher` is the process that started this one as one of several, if any. A request to stop that came while they
+    were starting holds; an older one is forgotten.
     """
-    before = read_state(run_dir)
-    if before is None or before.pid != os.getpid():
+    before, state = read_state(run_dir), _state_of("starting", steps, launcher=launcher)
+    if before is not None and before.pid in (os.getpid(), launcher):
+        state = replace(state, began=before.began)
+    else:
         clear_stop(run_dir)
-    write_state(run_dir, "training", steps)
+    telling = Telling(run_dir, state)
     try:
-        yield
+        yield telling
     except BaseException as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-        write_state(run_dir, "failed", steps, error=reason)
+        telling.end("failed", "interrupted" if isinstance(error, KeyboardInterrupt) else _reason(error))
         raise
+    else:
+        telling.end(telling.outcome)
     finally:
         clear_stop(run_dir)
 
 
+def _reason(error: BaseException) -> str:
+    """An error in words; those of a bug with its kind, as messages such as "'key'" say little alone."""
+    expected = isinstance(error, ConfigError | OSError) or type(error).__module__.startswith("srpo_core.")
+    return str(error) if str(error) and expected else f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
 def ask_to_stop(run_dir: Path) -> None:
-    """Ask the run in a folder to finish its step, save and end."""
+    """Ask the run in a folder to save and end."""
     write_atomic(run_dir / STOP_FILE, f"{os.getpid()}\n")
 
 
@@ -129,16 +215,41 @@ def describe(run_dir: Path) -> list[str]:
     if state is None:
         raise ConfigError(f"{run_dir} holds no {FILE}: no run has trained there")
     line = f"{run_dir}: {state.status}, step {state.step} of {state.steps}"
+    if state.active and state.phase not in ("", "training"):
+        count = f" {state.phase_done} of {state.phase_total}" if state.phase_total else ""
+        line += f", {state.phase}{count}"
     left = seconds_left(run_dir, state)
     if left is not None:
-        line += f", about {round(left) // 60}:{round(left) % 60:02d} left (process {state.pid} on {state.host})"
+        line += f", about {round(left) // 60}:{round(left) % 60:02d} left"
+    if state.active:
+        line += f" (process {state.pid} on {state.host})"
     return [line, *(f"  {text}" for text in state.error.splitlines())]
 
 
 def seconds_left(run_dir: Path, state: RunState) -> float | None:
     """Seconds until a run at work is done, at the pace of its last steps; None where there is none to go by."""
-    took = [line["seconds"]["total"] for line in read_metrics(run_dir) if line["step"] and "seconds" in line][-PACE:]
+    seconds = [line.get("seconds") for line in recent_metrics(run_dir) if line["step"]]
+    totals = [one.get("total") for one in seconds if isinstance(one, dict)]
+    took = [total for total in totals if isinstance(total, int | float)][-PACE:]
     return sum(took) / len(took) * (state.steps - state.step) if took and state.active else None
+
+
+def recent_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The last of a run's lines, by step: cheap, however long the run is. All where a line is very long."""
+    path = metrics_file(run_dir)
+    try:
+        with path.open("rb") as file:
+            start = max(0, path.stat().st_size - RECENT_BYTES)
+            file.seek(start)
+            texts = file.read().splitlines()
+    except OSError:
+        return []
+    steps: dict[int, dict[str, Any]] = {}
+    for text in texts[1:] if start else texts:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            steps[int(line["step"])] = line | {"step": int(line["step"])}
+    return [steps[step] for step in sorted(steps)] if steps or not start else read_metrics(run_dir)
 
 
 def log_tail(run_dir: Path, lines: int = 20) -> list[str]:

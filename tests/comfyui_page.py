@@ -6,7 +6,8 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from comfyui_server import NAME, Server
@@ -21,6 +22,8 @@ SETTINGS = {
     "Comfy.RightSidePanel.IsOpen": False, "Comfy.Workflow.ShowMissingModelsWarning": False,
 }  # fmt: skip
 """Of a user who has been here before: no dialogue opens by itself."""
+TRAINING_LIMIT = 60
+"""Seconds until what a short run does can be seen."""
 START_LIMIT, RUN_LIMIT = 120_000, 300_000
 """Milliseconds for the page to be there, and for a graph to have run, on a busy machine."""
 
@@ -51,6 +54,27 @@ RESULTS = """(id) => {
     })),
   };
 }"""
+
+TRAINING = """(box) => {
+  const seen = (selector) => [...box.querySelectorAll(selector)].filter((found) => found.checkVisibility());
+  const text = (selector) => seen(selector)[0]?.textContent ?? "";
+  const image = seen("figure img")[0];
+  return {
+    name: text("header strong"), status: text(".srpo-run .srpo-status"), left: text("header .left"), line: text(".now"),
+    percent: Number(seen("[role=progressbar]")[0]?.ariaValueNow), error: text(".error"), said: text(".said"),
+    idle: text(".srpo-live > p"), log: text(".log"),
+    buttons: seen("footer .srpo-button").map((button) => button.textContent),
+    plan: seen(".srpo-run tr").map((row) => [...row.cells].map((cell) => cell.textContent)),
+    legends: seen(".legend").map((legend) => Object.fromEntries([...legend.querySelectorAll("span:has(b)")].map(
+      (entry) => [entry.childNodes[1].textContent, Number(entry.querySelector("b").textContent)]))),
+    tabs: seen(".srpo-chart nav").map((nav) => [...nav.querySelectorAll("button, option:not([hidden])")].map(
+      (tab) => tab.textContent)),
+    curves: seen(".srpo-chart svg").map((svg) => svg.querySelectorAll("path.line").length),
+    preview: image?.naturalWidth ? image.getAttribute("src") : "",
+    caption: text("figcaption span"),
+  };
+}"""
+"""What stands in the view of a training, as far as it can be seen."""
 
 
 def browser_path() -> str | None:
@@ -111,7 +135,15 @@ class ComfyPage:
 
     def run(self) -> dict[str, Any]:
         """Queue the graph as the Run button does and wait for its end: its type, and what was said if it failed."""
+        self.queue()
+        return self.end()
+
+    def queue(self) -> None:
+        """Queue the graph as the Run button does."""
         self.page.evaluate(QUEUE)
+
+    def end(self) -> dict[str, Any]:
+        """Wait for the end of what was queued: its type, and what was said if it failed."""
         self.page.wait_for_function("window.srpoEnd !== undefined", timeout=RUN_LIMIT)
         return self.page.evaluate("window.srpoEnd")
 
@@ -127,6 +159,44 @@ class ComfyPage:
         """The element with a node's tables and texts."""
         find = "(id) => app.graph.getNodeById(id).widgets.find((widget) => widget.name === 'srpo_results').element"
         return self.page.evaluate_handle(find, node).as_element()
+
+    def add(self, kind: str, **values: Any) -> int:
+        """Put a node of a type into the middle of an empty graph, with these values of its widgets; its id."""
+        return self.page.evaluate(
+            """async ([kind, values]) => {
+              app.graph.clear();
+              for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame); // elements of old nodes go
+              app.canvas.ds.reset();
+              const node = LiteGraph.createNode(kind);
+              node.pos = [500, 120];
+              app.graph.add(node);
+              for (const [name, value] of Object.entries(values))
+                node.widgets.find((widget) => widget.name === name).value = value;
+              node.setSize([460, node.size[1]]);
+              app.canvas.draw(true, true);
+              return node.id;
+            }""",
+            [kind, values],
+        )
+
+    def live_box(self, node: int | str) -> Any:
+        """The element with the view of a training in a node."""
+        find = "(id) => app.graph.getNodeById(id).widgets.find((widget) => widget.name === 'srpo_run').element"
+        return self.page.evaluate_handle(find, node).as_element()
+
+    def training(self, box: Any) -> dict[str, Any]:
+        """What stands in an element's view of a training."""
+        return self.page.evaluate(TRAINING, box)
+
+    def until_training(self, box: Any, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """What stands in a view of a training, once it is as asked. AssertionError if that doesn't come."""
+        end = time.monotonic() + TRAINING_LIMIT
+        while time.monotonic() < end:
+            shown = self.training(box)
+            if condition(shown):
+                return shown
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"the view stays as it is: {shown}")
 
     def settled(self) -> None:
         """Until all pictures under nodes that can be seen are loaded and drawn."""

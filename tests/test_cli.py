@@ -157,10 +157,11 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, capsys, monkeypatch
 
 
 def test_a_stopped_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
-    from srpo_core.trainer import STOPPED_EXIT_CODE, Outcome, Trainer
+    from srpo_core.session import STOPPED_EXIT_CODE, Outcome
+    from srpo_core.trainer import Trainer
 
     outcome = Outcome(step=2, finished=False, run_dir=tmp_path / "run")
-    monkeypatch.setattr(Trainer, "train", lambda self, **options: outcome)
+    monkeypatch.setattr(Trainer, "work", lambda self, resume: outcome)
     assert cli.main(["train", description(tmp_path)]) == STOPPED_EXIT_CODE == 3
     assert f"train {tmp_path / 'run'} --resume" in capsys.readouterr().out
 

@@ -1,53 +1,26 @@
-"""Runs in processes of their own: real ones, of the miniature with few steps."""
+"""Runs in processes of their own: real ones, of a tiny model, and of the miniature by the commands."""
 
+import json
 import os
+import re
 import signal
-import socket
 import time
 
 import pytest
+from background_runs import LIMIT, ended, no_process_left, run, until  # noqa: F401
 
 from srpo_core import cli, launch
+from srpo_core.assemble import train_run
 from srpo_core.checkpoint import list_checkpoints
-from srpo_core.config import ConfigError
+from srpo_core.config import ConfigError, ParallelConfig
 from srpo_core.description import load_run
 from srpo_core.metrics import read_metrics
-from srpo_core.run_state import is_alive, log_tail, read_state, write_state
+from srpo_core.run_state import is_alive, log_tail, read_state
 
 QUICK = [
     "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=0", "output.evaluate_prompts=0",
     "output.tensorboard=false", "output.checkpoint_every=100", "optim.schedule=constant",
 ]  # fmt: skip
-LIMIT = 120
-"""Seconds in which a short run on a busy machine is done."""
-
-
-@pytest.fixture(autouse=True)
-def no_process_left(tmp_path):
-    """Whatever a test that fails has started ends with it."""
-    yield
-    for file in tmp_path.rglob("state.json"):
-        state = read_state(file.parent)
-        if state is not None and state.pid != os.getpid() and state.host == socket.gethostname():
-            launch.kill(state)
-
-
-def run(folder, steps, *more):
-    return load_run("miniature", [*QUICK, f"optim.steps={steps}", f"output.dir={folder}", *more])
-
-
-def until(folder, condition):
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        state = read_state(folder)
-        if condition(state):
-            return state
-        time.sleep(0.05)
-    pytest.fail(f"{read_state(folder)}\n" + "\n".join(log_tail(folder)))
-
-
-def ended(state):
-    return not state.active
 
 
 def test_a_run_to_its_end(tmp_path):
@@ -55,17 +28,82 @@ def test_a_run_to_its_end(tmp_path):
     first = read_state(tmp_path / "run")
     assert first.pid == pid
     assert first.active
-    last = until(tmp_path / "run", ended)
+    assert first.began <= time.time()
+    phases = []
+
+    def watched(state):
+        phases.append(state.phase)
+        return ended(state)
+
+    last = until(tmp_path / "run", watched)
     assert (last.status, last.step, last.steps, last.pid) == ("finished", 2, 2, pid)
+    assert (last.phase, last.phase_total) == ("", 0)
+    assert first.began <= last.began < last.ended <= time.time()
+    assert {"encoding prompts", "loading the models", "training"} & set(phases)
     assert "finished after step 2" in "\n".join(log_tail(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["optim"]["steps"] == 2
+    assert (tmp_path / "run" / "scripts" / "train.sh").is_file()
+
+
+def test_another_run_on_the_cpu_is_refused_and_named(tmp_path):
+    launch.start(run(tmp_path / "one", 9999))
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "one"))):
+        launch.start(run(tmp_path / "two", 2))
+    assert not (tmp_path / "two").exists()
+    launch.stop(tmp_path / "one", patience=LIMIT)
+    launch.check(run(tmp_path / "two", 2))
+
+
+def test_gone_on_with_by_its_folder_where_that_was_moved_to(tmp_path):
+    """With more steps, and with the prompts that lie in the folder."""
+    folder, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
+    folder.mkdir()
+    (folder / "prompts.txt").write_text("a large red circle on a blue background\n")
+    launch.start(run(folder, 1, data__prompts=f"{folder}/prompts.txt"))
+    assert until(folder, ended).status == "finished"
+    launch.check_idle(run(folder, 1))  # waits until its process is gone
+    moved.parent.mkdir()
+    folder.rename(moved)
+    with pytest.raises(ConfigError, match="finished at step 1; give more steps"):
+        launch.resume(moved)
+    with pytest.raises(ConfigError, match="not this one"):
+        launch.resume(moved, 2, check=refuse)
+    launch.resume(moved, 2)
+    last = until(moved, ended)
+    assert (last.status, last.step) == ("finished", 2), last.error
+    assert [line["step"] for line in read_metrics(moved)] == [1, 2]
+    assert load_run(str(moved / "run.json")).data.prompts == str(moved / "prompts.txt")
+    assert not folder.exists()
+
+
+def test_more_steps_than_a_falling_schedule_has(tmp_path):
+    train_run(run(tmp_path / "run", 2, optim__schedule="linear"))
+    with pytest.raises(ConfigError, match=r"optim.steps: 2 there, 4 now") as error:
+        launch.resume(tmp_path / "run", 4)
+    assert "optim.schedule=linear has lr fall until the last step" in str(error.value)
+    assert "lora.start" in str(error.value)
+
+
+def refuse(config):
+    raise ConfigError("not this one")
+
+
+def test_a_description_that_changes_behind_its_back_is_not_trained(tmp_path):
+    """Whoever can write into the folder can't slip in another one after it was checked."""
+    folder = tmp_path / "run"
+    launch.start(run(folder, 2))
+    (folder / "run.json").write_text(run(folder, 9999).model_dump_json())
+    state = until(folder, ended)
+    assert state.status == "failed"
+    assert "has changed since the run was started" in state.error
 
 
 def test_stopped_between_steps_and_resumed(tmp_path):
     folder = tmp_path / "run"
-    launch.start(run(folder, 500))
+    launch.start(run(folder, 9999))
     until(folder, lambda state: state.step >= 1)
     with pytest.raises(ConfigError, match="at work on this run"):
-        launch.start(run(folder, 500), resume=True)
+        launch.start(run(folder, 9999), resume=True)
     state = launch.stop(folder, patience=LIMIT)
     assert state.status == "stopped"
     assert list_checkpoints(folder)[-1].name == f"step-{state.step:06d}"
@@ -78,7 +116,7 @@ def test_stopped_between_steps_and_resumed(tmp_path):
 
 def test_stopped_while_it_starts(tmp_path):
     folder = tmp_path / "run"
-    launch.start(run(folder, 500))
+    launch.start(run(folder, 9999))
     state = launch.stop(folder, patience=LIMIT)
     assert (state.status, state.step) == ("stopped", 0)
     assert not (folder / "stop").exists()
@@ -86,7 +124,7 @@ def test_stopped_while_it_starts(tmp_path):
 
 def test_a_killed_run_is_found_killed(tmp_path):
     folder = tmp_path / "run"
-    pid = launch.start(run(folder, 500))
+    pid = launch.start(run(folder, 9999))
     until(folder, lambda state: state.step >= 1)
     os.kill(pid, signal.SIGKILL)
     state = until(folder, ended)
@@ -96,7 +134,7 @@ def test_a_killed_run_is_found_killed(tmp_path):
 
 def test_a_run_that_fails_before_training_says_why(tmp_path):
     folder = tmp_path / "run"
-    launch.start(run(folder, 2, f"data.prompts={tmp_path}/none.txt"))
+    launch.start(run(folder, 2, data__prompts=f"{tmp_path}/none.txt"))
     state = until(folder, ended)
     assert state.status == "failed"
     assert "none.txt" in state.error
@@ -104,31 +142,10 @@ def test_a_run_that_fails_before_training_says_why(tmp_path):
 
 def test_one_that_does_not_heed_is_ended(tmp_path):
     folder = tmp_path / "run"
-    pid = launch.start(run(folder, 500))
+    pid = launch.start(run(folder, 9999))
     until(folder, lambda state: state.status == "training")
     os.kill(pid, signal.SIGSTOP)
     assert launch.stop(folder, patience=0.3).status == "killed"
-
-
-def test_a_reused_pid_is_not_the_run(tmp_path):
-    write_state(tmp_path, "training", 10)
-    assert read_state(tmp_path).status == "training"
-    text = (tmp_path / "state.json").read_text()
-    created = read_state(tmp_path).created
-    (tmp_path / "state.json").write_text(text.replace(str(created), str(created - 100)))
-    assert read_state(tmp_path).status == "killed"
-    (tmp_path / "state.json").write_text("{")
-    assert read_state(tmp_path) is None
-
-
-def test_a_process_of_another_machine_is_let_be(tmp_path):
-    """Its pid may be anyone's here: this very process, say."""
-    write_state(tmp_path, "training", 10)
-    file = tmp_path / "state.json"
-    file.write_text(file.read_text().replace(f'"host": "{read_state(tmp_path).host}"', '"host": "elsewhere"'))
-    with pytest.raises(ConfigError, match="runs on elsewhere"):
-        launch.stop(tmp_path, patience=0.1)
-    assert (tmp_path / "stop").exists()
 
 
 def test_words_of_the_command_reach_it_as_they_are(tmp_path):
@@ -156,7 +173,38 @@ def test_the_commands(tmp_path, capsys):
     assert "no run has trained there" in capsys.readouterr().err
 
 
-def test_the_reason_of_a_failure_is_told(tmp_path, capsys):
-    write_state(tmp_path, "failed", 10, error="the disk\nis full")
-    assert cli.main(["status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"{tmp_path}: failed, step 0 of 10\n  the disk\n  is full\n"
+def test_one_process_is_started_plainly_and_several_by_torchrun():
+    def words(**settings):
+        return launch.train_command("/a b/run.json", True, ParallelConfig(**settings), python="python")[1:-4]
+
+    torchrun = ["-m", "torch.distributed.run"]
+    assert launch.train_command("/a b/run.json", True)[-3:] == ["train", "/a b/run.json", "--resume"]
+    assert words() == []
+    assert words(processes=2) == [*torchrun, "--standalone", "--nproc-per-node=2"]
+    several = {"nodes": 2, "node_rank": 1, "processes": 4}
+    assert words(**several, rendezvous="[fd00::5]:29500") == [
+        *torchrun, "--nnodes=2", "--node-rank=1", "--nproc-per-node=4", "--master-addr=fd00::5", "--master-port=29500",
+    ]  # fmt: skip
+    for rendezvous in ("", "host", "host:", ":29500"):
+        with pytest.raises(ConfigError, match="write host:port"):
+            words(**several, rendezvous=rendezvous)
+    with pytest.raises(ConfigError, match=r"node_rank=2: of parallel.nodes=2 machines the last one is 1"):
+        words(nodes=2, node_rank=2, rendezvous="a:1")
+
+
+def test_what_comfyui_set_for_itself_is_left_out(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,backend:cudaMallocAsync")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    environment = launch.child_environment({"CUDA_VISIBLE_DEVICES": "1"})
+    assert environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert "PYTORCH_ALLOC_CONF" not in environment
+    assert (environment["HF_TOKEN"], environment["CUDA_VISIBLE_DEVICES"]) == ("secret", "1")
+
+
+def test_no_secret_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
+    launch.start(run(tmp_path / "run", 1), environment={"OTHER_KEY": "sk_SECRET"})
+    assert until(tmp_path / "run", ended).status == "finished"
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or b"_SECRET" not in path.read_bytes(), path

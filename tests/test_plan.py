@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -14,13 +15,13 @@ from tiny import tiny_config, tiny_flow
 from tiny_flux import save_tiny_flux
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from srpo_core import checks
+from srpo_core import checks, plan
 from srpo_core.assemble import assemble
 from srpo_core.checks import Footprint, footprint_of
 from srpo_core.cli import main
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run
-from srpo_core.plan import plan_run
+from srpo_core.plan import Plan, plan_run
 from srpo_core.rewards.clip_files import new_open_clip
 
 
@@ -64,7 +65,7 @@ def test_a_run_is_checked_and_told_without_loading_it(files, tmp_path, capsys):
     assert "reward hpsv2: " in told and "steps 40, each of 32 pictures" in told
     assert "prompts 2 to train on, 1,280 pictures of 720 x 720 rolled out" in told
     assert "previews 4 of 32 held-out prompts" in told
-    assert "memory at least 24.1 GiB" in told  # 2 * 11,901,408,320 + 16 * 130,744,320 bytes
+    assert "24.1 GiB of it for weights, gradients and optimizer" in told  # 2 * 11,901,408,320 + 16 * 130,744,320 bytes
     assert "checkpoints 1.5 GiB each" in told
     assert not run_dir.exists()
 
@@ -116,7 +117,7 @@ def photo_folder(folder: Path) -> Path:
 def test_photos_are_read_to_their_end(tmp_path):
     folder = photo_folder(tmp_path / "photos")
     config = tiny_config(tmp_path / "run", data__photos=str(folder), data__bucket_step=4)
-    told = dict(plan_run(config))
+    told = dict(plan_run(config).rows)
     assert told["photos"].startswith("3 photos in 1 size")
     whole = (folder / "1.jpg").read_bytes()
     (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
@@ -127,7 +128,7 @@ def test_photos_are_read_to_their_end(tmp_path):
 
 def test_prompts_that_are_not_rolled_out_are_not_asked_for(tmp_path):
     settings = {"data__photos": str(photo_folder(tmp_path / "photos")), "data__prompts": "nowhere.txt"}
-    assert "prompts" not in dict(plan_run(tiny_config(tmp_path / "run", **settings)))
+    assert "prompts" not in dict(plan_run(tiny_config(tmp_path / "run", **settings)).rows)
     with pytest.raises(ConfigError, match=r"data.prompts='nowhere.txt': no such file"):
         plan_run(tiny_config(tmp_path / "run", **settings, data__photo_share=0.5))
 
@@ -146,4 +147,52 @@ def test_a_folder_with_a_run_is_told(tmp_path):
     assemble(tiny_config(tmp_path, optim__steps=1)).train()
     with pytest.raises(ConfigError, match="already holds a run"):
         plan_run(tiny_config(tmp_path, optim__steps=2))
-    assert dict(plan_run(tiny_config(tmp_path, optim__steps=2), resume=True))["steps"] == "2, each of 2 pictures"
+    assert dict(plan_run(tiny_config(tmp_path, optim__steps=2), resume=True).rows)["steps"] == "2, each of 2 pictures"
+
+
+def test_a_card_that_is_too_small_is_told_with_what_would_fit(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "_card", lambda config, device: (24 * 10**9, 23 * 10**9))
+    words = [*files, f"output.dir={tmp_path / 'run'}"]
+    wide = plan_run(load_run("flux-dev-lora", words))
+    assert not wide.fits and wide.advice[0].startswith("model.frozen_memory=8bit")
+    reason, *ways_out = wide.refusal.splitlines()
+    assert "of the card's memory, and 21.4 GiB are free" in reason
+    assert [line.strip() for line in ways_out] == list(wide.advice)
+    narrow = plan_run(load_run("flux-dev-lora-24gb", words))
+    assert narrow.fits and narrow.refusal is None and narrow.advice == ()
+    assert main(["train", "flux-dev-lora", *words, "--check"]) == 0  # a warning: the estimate may be wrong
+    told = capsys.readouterr().out
+    assert "warning: that is more than there is: 21.4 GiB of the card's 22.4 GiB are free" in told
+    assert wide.advice[0] in told
+
+
+def test_a_run_is_refused_only_where_it_is_hopeless():
+    def of(free: int | None) -> Plan:
+        return Plan((), peak_bytes=1100, seconds=None, total_bytes=free, free_bytes=free, advice=("less",))
+
+    assert of(1100).fits and of(1100).refusal is None
+    assert not of(1001).fits and of(1001).refusal is None
+    assert of(999).refusal.endswith("\n  less")
+    assert of(None).fits and of(None).refusal is None
+
+
+def test_time_is_told_and_a_resumed_run_goes_by_its_own_steps(tmp_path):
+    config = tiny_config(tmp_path, optim__steps=2)
+    fresh = plan_run(config)
+    assert 0 < fresh.seconds < 60 and "2 steps of" in dict(fresh.rows)["time"]
+    assemble(config).train()
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        line["seconds"] = {"total": 100.0} if line["step"] == 1 else {"total": 110.0, "preview": 10.0}
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    more = plan_run(tiny_config(tmp_path, optim__steps=5), resume=True)
+    assert more.seconds == 3 * 100 + 2 * 10  # previews after steps 4 and 5
+    assert dict(more.rows)["time"].startswith("about 5 min: 3 steps of 2 min (2 are done)")
+
+
+def test_processes_are_counted(tmp_path):
+    config = tiny_config(tmp_path, parallel={"device": "cpu", "processes": 2, "nodes": 2}, optim__accumulation=3)
+    told = dict(plan_run(config).rows)
+    assert told["steps"] == "4, each of 24 pictures on 4 processes"  # 3 micro-batches of 2 on each
+    assert "96 pictures of 16 x 16 rolled out" in told["prompts"]

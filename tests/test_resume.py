@@ -19,7 +19,7 @@ from srpo_core.config import ConfigError
 from srpo_core.evaluate import read_evaluation
 from srpo_core.metrics import read_metrics
 from srpo_core.run_folder import held
-from srpo_core.trainer import Outcome
+from srpo_core.session import Outcome
 
 KINDS = {
     "full": {},
@@ -33,7 +33,7 @@ COURSE = {
 
 
 def interrupt_at(trainer, step: int, number: int = signal.SIGINT) -> None:
-    """Have a signal arrive in the middle of a step."""
+    """Have a signal arrive in the middle of a step, which is then dropped."""
     learn = trainer.learner.step
 
     def interrupted(current, clock):
@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
     whole = assemble(tiny_config(tmp_path / "whole", **settings))
     whole.train()
     broken = assemble(tiny_config(tmp_path / "broken", **settings))
-    interrupt_at(broken, 4)
+    interrupt_at(broken, 5)
     outcome = broken.train()
     assert (outcome.step, outcome.finished) == (4, False)
     assert latest(tmp_path / "broken").name == "step-000004"
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, kind):
 
 def test_stopping_between_checkpoints_saves(tmp_path):
     trainer = assemble(tiny_config(tmp_path, output__checkpoint_every=4, output__preview_every=0))
-    interrupt_at(trainer, 3, signal.SIGTERM)
+    interrupt_at(trainer, 4, signal.SIGTERM)
     assert trainer.train() == Outcome(3, False, tmp_path)
     assert latest(tmp_path).name == "step-000003"
 
@@ -182,7 +182,7 @@ def test_a_run_that_failed_before_its_first_step_may_be_started_over(tmp_path):
 def test_the_base_is_evaluated_once(tmp_path):
     settings = {"optim__steps": 3, "output__evaluate_prompts": 3}
     trainer = assemble(tiny_config(tmp_path, **settings))
-    interrupt_at(trainer, 2, signal.SIGTERM)
+    interrupt_at(trainer, 3, signal.SIGTERM)
     assert trainer.train().step == 2
     before = read_evaluation(tmp_path)["before"]
     picture = tmp_path / "evaluation" / "before" / "000.png"

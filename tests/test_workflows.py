@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from srpo_core.catalogue import CATALOGUE
+from srpo_core.description import load_run
 from srpo_core.miniature.captions import parse, split_look
+from srpo_core.models.flux_prompts import EVAL_PROMPTS
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
@@ -20,11 +22,14 @@ from graphs.layout import NEVER, NOTE, TITLE
 from graphs.notes import FOLDER as NOTES
 from graphs.notes import words_of
 from graphs.prompt import prompt_of
+from graphs.training import PROMPTS
 
 ROOT = Path(__file__).parents[1]
 KNOWN = schemas.load()
 FILES = sorted((ROOT / "workflows").glob("*.json"))
-NAMES = {name + twin for name in build_workflows.GRAPHS for twin in ("", "-miniature")}
+NAMES = {name + twin for name in build_workflows.GRAPHS for twin in ("", "-miniature")} | set(build_workflows.TRAINING)
+TRAINING = [file for file in FILES if file.stem in build_workflows.TRAINING]
+MINIATURE = "miniature (built in)"
 MOST_WIDTH = 512
 """Pixels of a picture in the template browser."""
 
@@ -43,7 +48,7 @@ def values_of(node):
     return KNOWN[node["type"]].by_name(node["widgets_values"])
 
 
-def test_every_graph_has_its_twin_and_nothing_else_lies_there():
+def test_every_graph_that_draws_has_its_twin_and_nothing_else_lies_there():
     assert {file.stem for file in FILES} == NAMES
     assert {file.stem for file in (ROOT / "workflows").iterdir()} == NAMES
 
@@ -85,7 +90,8 @@ def test_nodes_are_known_and_whole(file):
             kinds = {"INT": int, "FLOAT": (int, float), "BOOLEAN": bool}.get(entry.type, str)
             assert isinstance(value, kinds), (node["type"], entry.name, value)
             assert entry.options is None or value in entry.options, (node["type"], entry.name, value)
-            assert entry.minimum is None or entry.minimum <= value <= entry.maximum
+            assert entry.minimum is None or entry.minimum <= value
+            assert entry.maximum is None or value <= entry.maximum
 
 
 @each_graph
@@ -152,6 +158,9 @@ def test_a_twin_speaks_the_miniatures_language_and_needs_no_file(file):
     texts = [node["widgets_values"][0] for node in nodes_of(workflow, "PrimitiveStringMultiline")]
     for node in nodes_of(workflow, "CLIPTextEncode"):
         texts += [node["widgets_values"][0]] if node["inputs"][1]["link"] is None else []
+    for node in nodes_of(workflow, "SRPOPrompts"):
+        assert values_of(node)["source"] == "built in"
+    assert all(values_of(node)["base"] == MINIATURE for node in nodes_of(workflow, "SRPOTrain"))
     assert texts
     for text in texts:
         assert parse(split_look(text)[1]).caption() == split_look(text)[1]
@@ -160,6 +169,56 @@ def test_a_twin_speaks_the_miniatures_language_and_needs_no_file(file):
     assert not types & {"UNETLoader", "DualCLIPLoader", "VAELoader", "SRPOLoadCheckpoint", "LoadImage"}
     assert all(values_of(node)["reward"] == "miniature" for node in nodes_of(workflow, "SRPOLoadReward"))
     assert all(node["mode"] != NEVER for node in workflow["nodes"])
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=lambda file: file.stem)
+def test_a_training_is_whole_and_its_finer_settings_are_off(file):
+    """What is switched off keeps the recipe; what a run needs is on, and each run has a name of its own."""
+    workflow = read(file)
+    (train,) = prompts_of(workflow, "SRPOTrain")
+    assert {"reward", "prompts", "words"} <= {name for name, value in train.items() if isinstance(value, list)}
+    assert train["mode"] == "wait" and train["if_there"] == "go on"
+    found = [values_of(node)["name"] for other in TRAINING for node in nodes_of(read(other), "SRPOTrain")]
+    assert found.count(train["name"]) == 1
+    off = {node["type"] for node in workflow["nodes"] if node["mode"] == NEVER}
+    wired = {slot["name"] for node in nodes_of(workflow, "SRPOTrain") for slot in node["inputs"] if slot["link"]}
+    if file.stem == "train_miniature":
+        assert not off
+    else:
+        assert {"SRPORollout", "SRPOAlign", "SRPOOptimizer"} <= off
+        assert {"rollout", "align", "optimizer"} <= wired
+
+
+def prompts_of(workflow, kind):
+    """The inputs of a kind's nodes that run."""
+    return [node["inputs"] for node in prompt_of(workflow, KNOWN).values() if node["class_type"] == kind]
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=lambda file: file.stem)
+def test_what_a_training_gives_is_used_in_the_same_queue(file):
+    """A LoRA goes through ComfyUI's own loader into the comparison with the base; all weights become a file."""
+    workflow = read(file)
+    prompt = prompt_of(workflow, KNOWN)
+    (compare,) = nodes_of(workflow, "SRPOCompare")
+    if file.stem == "train_full":
+        (train,) = prompts_of(workflow, "SRPOTrain")
+        assert load_run(train["recipe"]).lora.rank == 0
+        assert compare["mode"] == NEVER
+        files = [values_of(node)["checkpoint"] for node in nodes_of(workflow, "SRPOLoadCheckpoint")]
+        assert f"{train['name']}.safetensors" in files
+        return
+    inputs = prompt[str(compare["id"])]["inputs"]
+    loader = prompt[inputs["model_b"][0]]
+    assert loader["class_type"] == "LoraModelLoader" and loader["inputs"]["model"] == inputs["model_a"]
+    trained, output = loader["inputs"]["lora"]
+    assert prompt[trained]["class_type"] == "SRPOTrain"
+    assert KNOWN["SRPOTrain"].outputs[output].type == "LORA_MODEL"
+
+
+def test_prompts_to_train_on_are_different_and_none_is_held_out():
+    lines = PROMPTS.splitlines()
+    assert len(set(lines)) == len(lines) >= 40
+    assert not set(lines) & set(EVAL_PROMPTS)
 
 
 @pytest.mark.parametrize("name", build_workflows.GRAPHS)
@@ -206,7 +265,7 @@ def test_files_that_graphs_ask_for_are_those_that_downloads_bring():
                 assert model["url"] == f"https://huggingface.co/{repository}/resolve/main/{path}"
                 assert model["name"] in node["widgets_values"]
                 asked += 1
-    assert asked == 16
+    assert asked == 40
 
 
 @each_graph

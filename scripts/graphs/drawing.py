@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .layout import ALWAYS, NEVER, Graph
-from .world import BLUE, BUILT_IN_LORA, GREEN, ORANGE, VIOLET, World, decode, encode, prompt_box, save, start_here
+from .world import BLUE, BUILT_IN, GREEN, ORANGE, VIOLET, World, decode, encode, prompt_box, save, start_here
 
 STEPS, DRAFT_STEPS = 50, 25
 """Euler steps of finished pictures and of drafts."""
@@ -16,7 +16,7 @@ def srpo_workflow(graph: Graph, world: World) -> None:
     graph.group("1  Models", GREEN)
     model, clip, vae = world.models(graph, core=True)
     if world.miniature:
-        model = graph.add("SRPOLoadLoRA", {"model": model, "lora": BUILT_IN_LORA, "strength": 1.0}).out()
+        model = graph.add("SRPOLoadLoRA", {"model": model, "lora": BUILT_IN, "strength": 1.0}).out()
     graph.group("2  Prompt, guidance, size", BLUE)
     text = world.prompt(
         "A woman reads at the window of a small café on a rainy evening, warm lamp light on her face, reflections of"

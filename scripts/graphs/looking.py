@@ -6,7 +6,7 @@ from .drawing import OFF, STEPS
 from .layout import ALWAYS, NEVER, Graph, Wire
 from .world import (
     BLUE,
-    BUILT_IN_LORA,
+    BUILT_IN,
     FLUX,
     GREEN,
     LORA_FILE,
@@ -104,7 +104,7 @@ def compare_lora(graph: Graph, world: World) -> None:
     graph.group("1  Models", GREEN)
     model, clip, vae = world.models(graph, file=FLUX)
     world.beside_loaders(graph)
-    lora = BUILT_IN_LORA if world.miniature else LORA_FILE
+    lora = BUILT_IN if world.miniature else LORA_FILE
     with_lora = graph.add("SRPOLoadLoRA", {"model": model, "lora": lora, "strength": 1.0}, width=360).out()
     reward = world.load_reward(graph)
     graph.group("2  Prompt, size, number of pictures", BLUE)

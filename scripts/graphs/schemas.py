@@ -11,7 +11,10 @@ from typing import Any
 SNAPSHOT = Path(__file__).parent / "schemas.json"
 """The nodes of all graphs, as the newest ComfyUI they were built with describes them."""
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-FILES = {"unet_name", "clip_name1", "clip_name2", "vae_name", "image", "checkpoint", "lora", "file"}
+FILES = {
+    "unet_name", "clip_name1", "clip_name2", "vae_name", "image", "checkpoint", "lora", "file", "base", "clip_l",
+    "t5xxl", "vae", "start",
+}  # fmt: skip
 """Inputs that choose a file: their options are what lies on a machine's disk, and no part of a schema."""
 KEPT = {"widget", "default"}
 """What a snapshot says of every input."""

@@ -13,7 +13,7 @@ SRPO_FILE = "SRPO/diffusion_pytorch_model.safetensors"
 FLUX_FILE = "flux1-dev.safetensors"
 LORA_FILE = "srpo-lora.safetensors"
 T5_FILE, CLIP_FILE, VAE_FILE = "t5xxl_fp16.safetensors", "clip_l.safetensors", "ae.safetensors"
-BUILT_IN_LORA = "miniature (built in)"
+BUILT_IN = "miniature (built in)"
 
 WIDE = 360
 GREEN, BLUE, VIOLET, ORANGE, GREY = "#3f7a4f", "#3f789e", "#6b4f9e", "#a1652a", "#555555"

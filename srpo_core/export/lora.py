@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from srpo_core.checkpoint import read_state, read_tensors
 from srpo_core.config import ConfigError
 from srpo_core.export.formats import DTYPES, Stream, cast, check_dtype, check_file, tensors_source, write
 from srpo_core.lora import ADAPTER
@@ -27,6 +28,18 @@ def trained_lora(parameters: Mapping[str, Tensor], alpha: float) -> Lora:
     if not sides:
         raise ConfigError("there is no LoRA among these weights")
     return Lora({layer: LoraLayer(s["lora_A"], s["lora_B"], alpha) for layer, s in sides.items()}, "the trained LoRA")
+
+
+def checkpoint_lora(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint's LoRA under the names that diffusers and ComfyUI read: its running average where there is one.
+
+    ConfigError if the run trained all parameters; TrainingError if a file is damaged.
+    """
+    lora = read_state(folder)["lora"]
+    if not lora:
+        raise ConfigError(f"the run of {folder} trained all parameters")
+    averaged = (folder / "ema.safetensors").is_file()
+    return lora_tensors(trained_lora(read_tensors(folder, "ema" if averaged else "weights"), lora["alpha"]))
 
 
 def write_lora(

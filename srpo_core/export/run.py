@@ -40,19 +40,21 @@ def export_run(
     dtype: str | None = None,
     overwrite: bool = False,
     format: str | None = None,
+    config: RunConfig | None = None,
 ) -> Path:
     """Export a checkpoint of a run ("last", "best" or a step); the file or folder that was written.
 
     `what` auto is the LoRA of a LoRA run and the transformer of others; `vae` the run's autoencoder. `out` is a
     .safetensors file, or in diffusers format a folder too; unset, it lies in the run's export/. `averaged` None takes
     the running average where the run kept one. `dtype` None is float32 for a LoRA and model.dtype for others. `format`
-    None is comfyui for a VAE and diffusers for others. ConfigError says what doesn't fit, before anything is loaded.
+    None is comfyui for a VAE and diffusers for others. `config` None is read from run.json. ConfigError says what
+    doesn't fit, before anything is loaded.
     """
     run_dir = Path(run_dir)
     record = run_dir / "run.json"
     if not record.is_file():
         raise ConfigError(f"{run_dir} holds no run: there is no run.json")
-    config = load_run(str(record))
+    config = config or load_run(str(record))
     folder = find_checkpoint(run_dir, checkpoint)
     state = read_state(folder)
     what = _choose(what, state)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from srpo_core.config import ModelConfig
-from srpo_core.interfaces import Components, TrainableFlow
+from srpo_core.interfaces import Autoencoder, Components, TrainableFlow
 from srpo_core.lora import linear_shapes, merge_lora
 from srpo_core.registry import resolve
 from srpo_core.weights.lora_names import Lora, check_lora, read_lora
@@ -73,6 +75,15 @@ class WithLora(Components):
 
     def outline(self) -> TrainableFlow:
         return self._parts.outline()
+
+    def autoencoder_outline(self) -> Autoencoder:
+        return self._parts.autoencoder_outline()
+
+    def text_outline(self) -> Sequence[nn.Module]:
+        return self._parts.text_outline()
+
+    def embeds_outline(self) -> Mapping[str, tuple[int, ...]]:
+        return self._parts.embeds_outline()
 
     def release(self, part: str) -> None:
         super().release(part)

@@ -20,7 +20,7 @@ from srpo_core.flow import Level, per_sample
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
 from srpo_core.models.flux_prompts import EVAL_PROMPTS
-from srpo_core.models.flux_text import FluxTextEncoder, TextFiles, find_text
+from srpo_core.models.flux_text import MAX_TOKENS, FluxTextEncoder, TextFiles, find_text, text_outline
 from srpo_core.weights.eight_bit import fill_8bit
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,7 +54,7 @@ def position_ids(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    enabled = dtype != torch.float32
+    enabled = dtype != torch.float32 and device.type != "meta"
     return torch.autocast(device.type, dtype) if enabled else contextlib.nullcontext()
 
 
@@ -182,6 +182,19 @@ class FluxComponents(Components):
     def outline(self) -> FluxFlow:
         """The flow with its parameters on meta."""
         return FluxFlow(self._transformer.outline, self._downscale, DTYPES[self._config.dtype])
+
+    def autoencoder_outline(self) -> ImageAutoencoder:
+        """The autoencoder with its parameters on meta."""
+        return ImageAutoencoder(self._autoencoder.outline, recompute=False)
+
+    def text_outline(self) -> tuple[nn.Module, nn.Module]:
+        """CLIP-L and T5 with their parameters on meta."""
+        return text_outline(self._text)
+
+    def embeds_outline(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of one prompt's embeddings."""
+        t5_width, clip_width = self._text.widths
+        return {"prompt_embeds": (MAX_TOKENS, t5_width), "pooled_prompt_embeds": (clip_width,)}
 
     @cached_property
     def flow(self) -> FluxFlow:

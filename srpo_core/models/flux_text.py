@@ -191,6 +191,11 @@ class FluxTextEncoder:
         return tokenizer(list(prompts), **settings).input_ids.to(self.device)
 
 
+def text_outline(files: TextFiles) -> tuple[nn.Module, nn.Module]:
+    """CLIP-L and T5 with their parameters on meta."""
+    return _empty_clip(files), _empty_t5(files)
+
+
 def _empty_clip(files: TextFiles) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 

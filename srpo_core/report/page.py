@@ -19,6 +19,8 @@ from srpo_core.report.markup import section, table
 from srpo_core.report.settings import settings_section
 from srpo_core.report.words import HELP, label, small
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""What a page may do, whoever wrote the prompts on it: be looked at."""
 Compared = tuple[PairedScores, str]
 """Scores before and after, and where they come from."""
 
@@ -42,6 +44,7 @@ def render(runs: Sequence[RunData]) -> str:
     style = (resources.files("srpo_core.report") / "style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body>\n"
         + "\n".join(filter(None, [sections[0], "<main>", *sections[1:], _footer(runs), "</main>"]))

@@ -15,6 +15,8 @@ pytestmark = needs_comfyui
 NODES = {
     "SRPOLoadCheckpoint", "SRPOLoadLoRA", "SRPOMiniature", "SRPOSigmas", "SRPOSampler", "SRPOLoadReward",
     "SRPOMixRewards", "SRPOScoreImages", "SRPORelativeScore", "SRPOBestOfN", "SRPOAlignPreview", "SRPOCompare",
+    "SRPOPrompts", "SRPOControlWords", "SRPORollout", "SRPOAlign", "SRPOOptimizer", "SRPOLoRA", "SRPOTrain",
+    "SRPOTrainingStatus",
 }  # fmt: skip
 HIDDEN = ("diffusers", "peft", "accelerate", "open_clip_torch", "matplotlib", "tensorboard", "rich")
 HIDE = f"""

@@ -1,0 +1,174 @@
+"""A training begun from a graph: checked, planned, started, and what it gives when it is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+
+from srpo_core import launch, result
+from srpo_core.at_work import work_folder
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.errors import TrainingError
+from srpo_core.files import write_atomic
+from srpo_core.gpus import check_free
+from srpo_core.plan import Plan, plan_run
+from srpo_core.run_view import in_words, summary
+
+from . import packages, run_outputs, run_safety
+from .io_types import RunSettings
+from .memory import LoadedReward
+from .run_names import run_place
+from .show import Table, table
+from .training_models import COMFYUI, comfyui_known
+from .training_run import Described, describe, texts_there, there_already
+
+PLAN_FILE = "plan.json"
+_WIDGETS = {
+    r"parallel\.(processes|gpus|share_gpu|nodes|node_rank|rendezvous)\b": r"\1",
+    r"output\.(preview_every|checkpoint_every)\b": r"\1",
+    r"optim\.(steps)\b": r"\1",
+    r"output\.(dir|result)\b": "name",
+    r"model\.(transformer|path)\b": "base",
+    r"model\.clip\b": "clip_l",
+    r"model\.t5\b": "t5xxl",
+    r"model\.autoencoder\b": "vae",
+    r"srpo stop RUN": "in SRPO's side panel",
+}
+"""Settings in an error of the engine, and what SRPO Train calls them."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A training that a graph has asked for."""
+
+    name: str
+    config: RunConfig
+    tables: Sequence[Table]
+    """Its plan, where it was only to be checked."""
+
+    @property
+    def folder(self) -> Path:
+        """Where this machine's part of it tells of itself."""
+        return work_folder(self.config)
+
+
+def begin(
+    name: str,
+    if_there: str,
+    given: Mapping[str, Any],
+    settings: Sequence[RunSettings],
+    reward: LoadedReward | None,
+    only_check: bool = False,
+) -> Begun:
+    """Start a training, or find it at work or done; `only_check` starts nothing and leaves nothing.
+
+    ConfigError, before anything is begun, with all that is missing or can't be.
+    """
+    packages.check()
+    place = run_place(name, if_there)
+    with comfyui_known():
+        described = describe(place, given, settings, reward)
+        with _in_widgets():
+            there = there_already(described.config)
+            if there in ("nothing", "a part"):
+                tables = _checked_or_started(described, there == "a part", only_check)
+            else:
+                tables = [_plan_table(_kept_rows(work_folder(described.config)), words(place.folder))]
+    return Begun(place.name, described.config, tables)
+
+
+def _checked_or_started(described: Described, resume: bool, only_check: bool) -> list[Table]:
+    config, taken = described.config, ""
+    if only_check:
+        launch.check(config, resume, background=False)
+        taken = _is_taken(config)
+    else:
+        launch.check(config, resume)
+    with texts_there(described.texts) as keep:
+        plan = plan_run(config, resume)
+        rows = (*plan.rows, ("result", config.output.result or ""))
+        if only_check:
+            command = shlex.join(launch.train_command(work_folder(config) / "run.json", resume, config.parallel))
+            rows = (*rows, ("folder", config.output.dir), ("command", command))
+            return [_plan_table(rows, "\n".join(filter(None, [_refusal(plan), taken])))]
+        if plan.refusal is not None:
+            raise ConfigError(_refusal(plan))
+        management.unload_all_models()
+        management.soft_empty_cache()
+        launch.start(config, resume, {"COMFYUI_PATH": os.environ.get("COMFYUI_PATH") or str(COMFYUI)})
+        keep()
+    write_atomic(work_folder(config) / PLAN_FILE, json.dumps(rows, indent=1))
+    return []
+
+
+def _is_taken(config: RunConfig) -> str:
+    """Why the run could not start just now, though nothing is wrong with it."""
+    try:
+        check_free(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _refusal(plan: Plan) -> str:
+    return f"{plan.refusal}\n(such settings go into more_settings, one a line)" if plan.refusal else ""
+
+
+@contextmanager
+def _in_widgets() -> Iterator[None]:
+    """Errors of the engine in the words of SRPO Train's widgets."""
+    try:
+        yield
+    except ConfigError as error:
+        message = str(error)
+        for setting, widget in _WIDGETS.items():
+            message = re.sub(setting, widget, message)
+        raise ConfigError(message) from error
+
+
+def _plan_table(rows: Sequence[tuple[str, str]], note: str = "") -> Table:
+    return table("Plan", ("", ""), rows, note)
+
+
+def _kept_rows(folder: Path) -> list[tuple[str, str]]:
+    """The plan of a run that was started; none if that was on the command line."""
+    try:
+        rows = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+        return [(str(name), str(text)) for name, text in rows]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def words(folder: Path) -> str:
+    """How a run stands."""
+    return in_words(summary(folder))
+
+
+def outputs(config: RunConfig) -> tuple[tuple[Any, ...], list[str]]:
+    """What a finished run gives, as far as it is there, and a line for each thing that isn't."""
+    folder = Path(config.output.dir)
+    (before, after), no_pictures = run_outputs.pictures(folder, config)
+    lora, no_lora = run_outputs.newest_lora(folder) if config.lora.rank else (run_outputs.NOT_YET, "")
+    path, no_file = _result_file(folder)
+    found = (lora, run_outputs.losses(folder), before, after, path)
+    return found, [note for note in (no_pictures, no_lora, no_file) if note]
+
+
+def _result_file(folder: Path) -> tuple[str, str]:
+    """The result's file, written again if it is gone; the run's folder, and why, where that fails."""
+    written = result.read(folder)
+    if written is not None and written["path"] is not None and Path(written["path"]).is_file():
+        return written["path"], ""
+    try:
+        return str(result.save_now(folder, check=lambda config: run_safety.check(config, folder))), ""
+    except (ConfigError, TrainingError, OSError) as error:
+        return str(folder), f"no file of the result: {error}"

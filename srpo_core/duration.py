@@ -1,0 +1,168 @@
+"""How long a run takes: by its own steps where it has some, else by arithmetic over what the device can do.
+
+Arithmetic: the operations of a step, counted on the models' outlines, over the rate of a matrix product that is tried
+on the device, times the share of it that runs have shown (scripts/results/memory.json), and what each layer with a LoRA
+costs beside. It is right to a factor of about one and a half: say "about".
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from srpo_core.checks import Footprint
+from srpo_core.config import RunConfig
+from srpo_core.interfaces import Components, PromptBatch
+from srpo_core.metrics import read_metrics
+from srpo_core.training_data import sources
+
+PROBE_SIDE = {"cuda": 4096, "mps": 4096, "cpu": 1024}
+"""Sides of the matrices that a device is tried with: a few milliseconds of work and 100 MB at most."""
+PROBE_SECONDS, PROBE_TRIES = 0.2, 5
+SHARE = {"cuda": 0.5, "mps": 0.4, "cpu": 0.42}
+"""Of that rate, in a model's forward and backward passes."""
+DECODER_SHARE = {"cuda": 0.12, "mps": 0.12, "cpu": 0.55}
+LAYER_SECONDS = {"cuda": 0.45e-3, "mps": 0.5e-3, "cpu": 0.0}
+"""What a layer with a LoRA takes beside in a forward pass: many small operations."""
+DRIFT_PICTURES = 2
+RECENT = 20
+"""Steps whose pace tells that of the rest."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a run's parts."""
+
+    step: float
+    """An optimizer step and what is due after each."""
+    picture: float
+    """A held-out picture, drawn and scored."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations for one picture."""
+
+    forward: float
+    """Of the model, with its prompt."""
+    decode: float
+
+
+def count_work(config: RunConfig, components: Components) -> Work:
+    """Counted on the models' outlines on meta, which takes about a second for a large model."""
+    flow, autoencoder = _on_meta(components.outline()), _on_meta(components.autoencoder_outline())
+    meta = torch.device("meta")
+    latents = torch.empty(1, *flow.latent_shape(config.data.height, config.data.width), device=meta)
+    embeds = {name: torch.empty(1, *shape, device=meta) for name, shape in components.embeds_outline().items()}
+    prompts = PromptBatch(("",), embeds)
+    sigma = torch.empty(1, device=meta)
+    forward = _operations(lambda: flow.velocity(latents, sigma, prompts, config.align.guidance))
+    return Work(forward, _operations(lambda: autoencoder.decode(latents)))
+
+
+def _on_meta(part: Any) -> Any:
+    """A flow or autoencoder whose module is a copy on meta, in float32; the part itself stays as it is."""
+    outline = copy.copy(part)
+    module: nn.Module = part.module
+    held = [*module.parameters(), *module.buffers()]
+    memo = {id(one): one.detach().to("meta") if not isinstance(one, nn.Parameter) else _empty(one) for one in held}
+    outline.module = copy.deepcopy(module, memo)
+    return outline
+
+
+def _empty(parameter: nn.Parameter) -> nn.Parameter:
+    floating = parameter.is_floating_point()
+    return nn.Parameter(parameter.detach().to("meta", torch.float32 if floating else None), requires_grad=False)
+
+
+@torch.no_grad()
+def _operations(function: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return float(counter.get_total_flops())
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product on the device, by the fastest of some tries.
+
+    Takes about a quarter of a second.
+    """
+    side = PROBE_SIDE.get(device.type, 1024)
+    matrix = torch.ones(side, side, device=device, dtype=dtype)
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            result = matrix @ matrix
+        float(result[0, 0])  # waits for the device
+        return (time.perf_counter() - start) / count
+
+    seconds(2)
+    count = max(1, min(100, round(PROBE_SECONDS / PROBE_TRIES / max(seconds(1), 1e-6))))
+    return 2 * side**3 / min(seconds(count) for _ in range(PROBE_TRIES))
+
+
+def expected_pace(config: RunConfig, footprint: Footprint, work: Work, rate: float, kind: str) -> Pace:
+    """By arithmetic, on a device of type `kind` that does `rate` operations a second in a matrix product."""
+    data, align, model, optim = config.data, config.align, config.model, config.optim
+    share, decoder = rate * SHARE.get(kind, 0.4), rate * DECODER_SHARE.get(kind, 0.2)
+    beside = footprint.layers * LAYER_SECONDS.get(kind, 0.0)
+
+    def forward(pictures: int) -> float:
+        return pictures * work.forward / share + beside
+
+    passes = (
+        2 + model.recompute + (not config.lora.rank)
+    )  # back to the input, and to the weights where they are trained
+    aligned = passes * forward(data.batch_size) + (2 + model.recompute) * data.batch_size * work.decode / decoder
+    on_photos, on_prompts = sources(data, config.seed, optim.steps * optim.accumulation)
+    rolled_out = config.rollout.num_steps * forward(data.batch_size) * on_prompts / (on_photos + on_prompts)
+    micro = rolled_out + len(align.branches) * align.draws_per_rollout * aligned
+    batch = forward(data.batch_size) / data.batch_size
+    picture = config.output.preview_steps * batch + work.decode / decoder
+    return Pace(optim.accumulation * micro + forward(DRIFT_PICTURES), picture)
+
+
+def own_pace(run_dir: Path | str, preview_prompts: int) -> Pace | None:
+    """By the last steps that the run in a folder has made; None where it has made none, or drew no preview."""
+    lines = [line["seconds"] for line in read_metrics(run_dir) if line["step"] and "total" in line.get("seconds", {})]
+    if not lines:
+        return None
+    step = statistics.median(line["total"] - line.get("preview", 0.0) for line in lines[-RECENT:])
+    drawn = [line["preview"] for line in lines if "preview" in line]
+    return Pace(step, statistics.median(drawn) / preview_prompts if drawn else 0.0)
+
+
+def run_seconds(config: RunConfig, pace: Pace, done: int = 0) -> float:
+    """From step `done` to the end: steps, previews and evaluation; loading and encoding are left out."""
+    output, steps = config.output, config.optim.steps
+    if output.preview_every:
+        previews = steps // output.preview_every - done // output.preview_every + (not done)
+        previews += bool(steps % output.preview_every and done < steps)
+    else:
+        previews = 0
+    evaluations = 2 - bool(done) if output.evaluate_prompts else 0
+    pictures = previews * output.preview_prompts + evaluations * output.evaluate_prompts
+    return (steps - done) * pace.step + pictures * pace.picture
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in words: "45 s", "12 min", "3 h 40 min", "2 days 5 h"."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} days {hours % 24} h"

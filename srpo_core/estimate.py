@@ -1,0 +1,232 @@
+"""How much of a GPU's memory a run takes at its peak, from shapes alone.
+
+Weights, gradients and optimizer are counted; activations are so many bytes for each token or pixel. Those numbers were
+fitted to runs with FLUX.1-dev's shapes on an H100 (scripts/bench_memory.py; scripts/results/memory.json has predicted
+beside measured). A model of another kind is taken for a FLUX of its width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from srpo_core.checks import Footprint, footprint_of
+from srpo_core.config import MoreReward, RewardConfig, RunConfig
+from srpo_core.interfaces import Components, TrainableFlow
+from srpo_core.lora import linear_shapes
+
+CONTEXT = 600 * 2**20
+"""Bytes that CUDA itself and its libraries take in a process."""
+SEVERAL = 2**30
+"""Bytes beside for the connections and the sums of a run of several processes."""
+FRAGMENTS = 0.04
+"""What the allocator holds beyond what is in use, as a share of it."""
+NARROW = 2
+"""Bytes of a number in bfloat16, for which the numbers below stand; in float32 activations are twice that."""
+BLOCK, KEPT, FORWARD = 120, 62, 60
+"""Bytes for each token and unit of width: of the block whose backward pass runs, of every block where nothing is
+recomputed, and of a forward pass without gradient."""
+DECODE_KEPT, DECODE_RECOMPUTED, DECODE = 11_700, 7_100, 2_800
+"""Bytes for each pixel of a decoder of 128 channels: with gradient, with gradient and recomputed, without gradient."""
+DECODER_WIDTH = 128
+PLAIN_DECODER = 0.25
+"""Share of these of a decoder without norms, such as TAESD."""
+ENCODING = 256 * 2**20
+"""Bytes for a batch of prompts in text encoders that are large."""
+REWARD = 0.15
+"""Bytes for each parameter of a reward and each picture: its activations."""
+REWARD_PARAMETERS = {
+    "hpsv2": 986_109_441,
+    "pickscore": 986_109_441,
+    "imagereward": 447_000_000,
+    "aesthetic": 428_500_000,
+    "miniature": 4_600_000,
+}
+"""Of rewards that come in one size; all are held in float32."""
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a run's memory depends on beside its settings; counts of parameters where nothing else is said."""
+
+    flow: TrainableFlow
+    """The model, or its outline on meta."""
+    matrices: int
+    """Those that model.frozen_memory=8bit holds in 8 bits."""
+    largest_matrix: int
+    blocks: int
+    """How many blocks it has."""
+    largest_block: int
+    width: int
+    """Numbers of a token between blocks."""
+    text_tokens: int
+    autoencoder: int
+    decoder: float
+    """What its decoder's activations take, as a share of FLUX's own."""
+    text: int
+    text_matrices: int
+    rewards: int
+
+    def tokens(self, height: int, width: int) -> int:
+        """Tokens of a picture and its prompt: a token is a patch of 2 x 2 latents."""
+        _, rows, columns = self.flow.latent_shape(height, width)
+        return max(1, rows * columns // 4) + self.text_tokens
+
+
+def shapes_of(config: RunConfig, components: Components) -> Shapes:
+    """The shapes of a run's models; of a large family only headers are read."""
+    flow, vae = components.outline(), getattr(components.autoencoder_outline(), "module", nn.Module())
+    blocks = [module for module in flow.module.modules() if isinstance(module, flow.block_types)]
+    matrices = [shape for block in blocks for shape in linear_shapes(block).values()]
+    widths = Counter(columns for _, columns in matrices)
+    texts = components.text_outline()
+    embeds = components.embeds_outline()
+    return Shapes(
+        flow=flow,
+        matrices=sum(rows * columns for rows, columns in matrices),
+        largest_matrix=max((rows * columns for rows, columns in matrices), default=0),
+        blocks=len(blocks),
+        largest_block=max(map(_count, blocks), default=0),
+        width=widths.most_common(1)[0][0] if widths else 0,
+        text_tokens=max((shape[0] for shape in embeds.values() if len(shape) == 2), default=0),
+        autoencoder=_count(vae),
+        decoder=_decoder_share(vae),
+        text=sum(map(_count, texts)),
+        text_matrices=sum(rows * columns for text in texts for rows, columns in linear_shapes(text).values()),
+        rewards=sum(_reward_parameters(one) for one in (config.reward, *config.reward.more)),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _decoder_share(module: nn.Module) -> float:
+    """By the channels of the last convolution, at the picture's full size; without norms there is far less to keep."""
+    last = [layer.in_channels for layer in module.modules() if isinstance(layer, nn.Conv2d) and layer.out_channels == 3]
+    plain = not any(isinstance(layer, nn.GroupNorm) for layer in module.modules())
+    return (last[-1] if last else DECODER_WIDTH) / DECODER_WIDTH * (PLAIN_DECODER if plain else 1.0)
+
+
+def _reward_parameters(reward: RewardConfig | MoreReward) -> int:
+    """0 for a reward of the user's own, which nothing is known about."""
+    if reward.name != "clip":
+        return REWARD_PARAMETERS.get(reward.name, 0)
+    from srpo_core.rewards.clip_files import examine_clip
+    from srpo_core.rewards.paths import reward_path
+
+    total = 0
+    for shape in examine_clip(*reward_path(reward, "clip")).shapes.values():
+        count = 1
+        for side in shape:
+            count *= side
+        total += count
+    return total
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of the device's memory by phase of a run, as the process sees them: without what CUDA itself takes."""
+
+    phases: Mapping[str, int]
+    beside: int = CONTEXT
+    """Bytes that CUDA and its libraries take in the run's process."""
+
+    @property
+    def peak(self) -> int:
+        """The most that is in use at once."""
+        return max(self.phases.values())
+
+    @property
+    def phase(self) -> str:
+        """When that is."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def on_card(self) -> int:
+        """What the card must have free for the run."""
+        return round(self.peak * (1 + FRAGMENTS)) + self.beside
+
+
+def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
+    """A run's memory by phase. ConfigError if lora.targets or the size can't be used."""
+    model, data, footprint = config.model, config.data, footprint_of(config, shapes.flow)
+    number = NARROW if model.dtype == "bfloat16" else 4
+    still = _frozen_bytes(config, footprint, shapes) + number * shapes.autoencoder + 4 * shapes.rewards
+    averages = 4 * footprint.trained if config.optim.ema_decay else 0
+    trained = 12 * footprint.trained + averages  # weights and two moments
+    gradients = 4 * footprint.trained
+    rolled_out = trained + (gradients if config.optim.accumulation > 1 else 0)
+    size = (data.height, data.width)
+    drawing = max(_forward(config, footprint, shapes, size), _decoding(config, shapes, size, False))
+    phases = {
+        "encoding prompts": _text_bytes(config, shapes),
+        "rollout": still + rolled_out + _forward(config, footprint, shapes, size),
+        "gradient step": still + trained + gradients + _backward(config, footprint, shapes, size),
+        "previews": still + trained + drawing,
+    }
+    if data.photos is not None:
+        phases["reading photos"] = still + rolled_out + _decoding(config, shapes, size, False)
+    several = config.parallel.processes * config.parallel.nodes > 1
+    return Estimate(phases, CONTEXT + (SEVERAL if several else 0))
+
+
+def _frozen_bytes(config: RunConfig, footprint: Footprint, shapes: Shapes) -> int:
+    number = NARROW if config.model.dtype == "bfloat16" else 4
+    if config.model.frozen_memory == "8bit" and footprint.frozen:
+        return shapes.matrices + number * (footprint.frozen - shapes.matrices)
+    return number * footprint.frozen
+
+
+def _text_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """Text encoders at work; with `offload` the largest thing on the device at a time is their table of words."""
+    number = NARROW if config.model.dtype == "bfloat16" else 4
+    beside = ENCODING if shapes.text else 0
+    if config.model.t5_memory == "8bit":
+        return shapes.text_matrices + number * (shapes.text - shapes.text_matrices) + beside
+    held = shapes.text if config.model.t5_memory == "full" else 3 * shapes.text // 8
+    return number * held + beside
+
+
+def _narrow_copies(config: RunConfig, footprint: Footprint) -> int:
+    """Trained weights in bfloat16 beside those in float32, as long as a forward pass lasts."""
+    return NARROW * footprint.trained if config.model.dtype == "bfloat16" else 0
+
+
+def _forward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size) -> int:
+    """Activations of a forward pass without gradient."""
+    wide = 1 if config.model.dtype == "bfloat16" else 2
+    tokens = config.data.batch_size * shapes.tokens(*size)
+    expanded = 10 * shapes.largest_matrix if config.model.frozen_memory == "8bit" else 0
+    return wide * FORWARD * tokens * shapes.width + _narrow_copies(config, footprint) + expanded
+
+
+def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size) -> int:
+    """What the gradient step holds at its peak: the decoder's backward pass, or that of a block of the model."""
+    model, batch = config.model, config.data.batch_size
+    number, wide = (NARROW, 1) if model.dtype == "bfloat16" else (4, 2)
+    units = batch * shapes.tokens(*size) * shapes.width
+    block = wide * BLOCK * units
+    if model.recompute:
+        kept = number * units * shapes.blocks
+        if model.frozen_memory == "8bit":
+            block += number * shapes.largest_block + 8 * shapes.largest_matrix
+    else:
+        kept = wide * KEPT * units * shapes.blocks + _narrow_copies(config, footprint)
+        if model.frozen_memory == "8bit":
+            kept += number * shapes.matrices
+    reward = round(batch * REWARD * shapes.rewards)
+    forward = kept + _narrow_copies(config, footprint)
+    return max(forward, kept + _decoding(config, shapes, size, True) + reward, kept + block)
+
+
+def _decoding(config: RunConfig, shapes: Shapes, size: Size, gradient: bool) -> int:
+    """Activations of the decoder, the reward's own aside."""
+    each = (DECODE_RECOMPUTED if config.model.recompute else DECODE_KEPT) if gradient else DECODE
+    wide = 1 if config.model.dtype == "bfloat16" else 2
+    pixels = config.data.batch_size * size[0] * size[1]
+    return round(wide * each * pixels * shapes.decoder)

@@ -1,0 +1,129 @@
+"""Settings with which a run takes less of a GPU's memory, with what it then takes: the cheapest change first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.description import make_config
+from srpo_core.estimate import Shapes, estimate, shapes_of
+from srpo_core.files import size_text
+from srpo_core.interfaces import Components, TrainableFlow
+
+LARGER = "it takes a card with more memory"
+MOST_TRIED = 4
+GENERAL = "try model.recompute=true, a smaller data.batch_size or data.height and data.width, or a LoRA (lora.rank=16)"
+Change = Mapping[str, object]
+"""Settings by their names with sections."""
+
+
+def smaller_settings(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
+    """Changes that take less memory, each by itself, the one that costs least first."""
+    model, data, lora = config.model, config.data, config.lora
+    if model.t5_memory != "8bit":
+        yield {"model.t5_memory": "8bit"}
+    if not model.recompute:
+        yield {"model.recompute": True}
+    if data.batch_size > 1:  # as many pictures a step
+        yield {"data.batch_size": 1, "optim.accumulation": config.optim.accumulation * data.batch_size}
+    if config.optim.ema_decay:
+        yield {"optim.ema_decay": 0.0}
+    if not lora.rank:
+        yield {"lora.rank": 16}
+    if model.frozen_memory == "full":
+        yield {"model.frozen_memory": "8bit"} if lora.rank else {"lora.rank": 16, "model.frozen_memory": "8bit"}
+    if lora.rank > 16:
+        yield {"lora.rank": 16}
+    if lora.targets == "all" and "attention" in shapes.flow.lora_targets:
+        yield {"lora.targets": "attention"}
+    for side in (640, 512, 384):
+        if max(data.height, data.width) > side:
+            yield _scaled(config, shapes, side)
+
+
+def _scaled(config: RunConfig, shapes: Shapes, side: int) -> Change:
+    """The picture's size with its longer side `side`, in multiples of what the model takes."""
+    data = config.data
+    longest = max(data.height, data.width)
+    step = next((one for one in (16, 32, 64) if _takes(shapes.flow, one)), 64)
+    return {
+        f"data.{name}": max(step, round(getattr(data, name) * side / longest / step) * step)
+        for name in ("height", "width")
+    }
+
+
+def _takes(flow: TrainableFlow, side: int) -> bool:
+    try:
+        flow.latent_shape(side, side)
+    except ValueError:
+        return False
+    return True
+
+
+def with_changes(config: RunConfig, changes: Change) -> RunConfig:
+    """The run with some settings changed, given by their names with sections."""
+    data = config.model_dump()
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        data[section][key] = value
+    return make_config(data)
+
+
+def what_would_fit(config: RunConfig, shapes: Shapes, free: int) -> tuple[str, ...]:
+    """Lines "setting=value: peak" of changes with which the run fits into `free` bytes of a card, cheapest first.
+
+    Where no change does alone, those that do together, or else what remains with all of them.
+    """
+    alone = [_line(change, size) for change, size in _smaller(config, shapes) if size <= free]
+    if alone:
+        return tuple(alone)
+    together: dict[str, object] = {}
+    least = estimate(config, shapes).on_card
+    for change in smaller_settings(config, shapes):
+        size = _on_card(config, shapes, together | dict(change))
+        if size is not None and size < least:
+            together |= change
+            least = size
+        if least <= free:
+            return (_line(together, least),)
+    return (f"even {_line(together, least)}; {LARGER}" if together else LARGER,)
+
+
+def less_memory(config: RunConfig, shapes: Shapes) -> str:
+    """What to try when a device ran out of memory: the run's estimate, and what changes would make of it."""
+    found = [_line(change, size) for change, size in _smaller(config, shapes)]
+    expected = f"about {size_text(estimate(config, shapes).on_card)} were expected"
+    return f"try {', or '.join(found[:MOST_TRIED])}; {expected}" if found else f"{LARGER}; {expected}"
+
+
+def memory_advice(config: RunConfig, components: Components) -> str:
+    """`less_memory` of a run's parts; in general words for a family of the user's own that can't be estimated."""
+    try:
+        return less_memory(config, shapes_of(config, components))
+    except Exception:  # while another error is told, this one is worth nothing
+        return GENERAL
+
+
+def _smaller(config: RunConfig, shapes: Shapes) -> Iterator[tuple[Change, int]]:
+    """(change, what the run then takes of a card) of the changes that take less by themselves."""
+    now = estimate(config, shapes).on_card
+    for change in smaller_settings(config, shapes):
+        size = _on_card(config, shapes, change)
+        if size is not None and size < now:
+            yield change, size
+
+
+def _on_card(config: RunConfig, shapes: Shapes, changes: Change) -> int | None:
+    """What the changed run takes of a card; None where the changes don't go together."""
+    try:
+        return estimate(with_changes(config, changes), shapes).on_card
+    except ConfigError:
+        return None
+
+
+def _line(changes: Change, size: int) -> str:
+    def text(value: object) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    settings: Sequence[str] = [f"{name}={text(value)}" for name, value in changes.items()]
+    return f"{' '.join(settings)}: {size_text(size)}"

@@ -1,0 +1,44 @@
+"""Runs in processes of their own, for tests that start some: of a tiny model, so that most of a second is Python's."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config
+
+from srpo_core import launch
+from srpo_core.run_state import log_tail, read_state
+
+LIMIT = 120
+"""Seconds in which a short run on a busy machine is done."""
+
+
+@pytest.fixture(autouse=True)
+def no_process_left(tmp_path, monkeypatch):
+    """Whatever a test that fails has started ends with it."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the tiny model is
+    yield
+    for file in tmp_path.rglob("state.json"):
+        state = read_state(file.parent)
+        if state is not None and state.pid != os.getpid() and state.host == socket.gethostname():
+            launch.kill(state)
+
+
+def run(folder, steps, **more):
+    return tiny_config(folder, optim__steps=steps, output__preview_every=0, output__checkpoint_every=100, **more)
+
+
+def until(folder, condition):
+    end = time.monotonic() + LIMIT
+    while time.monotonic() < end:
+        state = read_state(folder)
+        if condition(state):
+            return state
+        time.sleep(0.05)
+    pytest.fail(f"{read_state(folder)}\n" + "\n".join(log_tail(folder)))
+
+
+def ended(state):
+    return not state.active

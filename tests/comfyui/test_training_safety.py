@@ -1,0 +1,64 @@
+"""Training from graphs of strangers: nothing is written elsewhere, no code is run, no secret is told."""
+
+import psutil
+import pytest
+from comfyui_miniature import ran
+from comfyui_server import Server
+from comfyui_shown import node
+from comfyui_side import needs_comfyui
+from comfyui_training import at_work, end_trainings, graph, refusal, runs, train, trainings, tree, until
+
+pytestmark = needs_comfyui
+TOKEN = "hf_secretOfTheProofXYZ"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server whose environment holds a token."""
+    base = tmp_path_factory.mktemp("safety")
+    one = Server(base, environment={"HF_HUB_CACHE": str(base / "hub"), "HF_TOKEN": TOKEN})
+    try:
+        yield one.wait()
+    finally:
+        one.stop()
+        end_trainings(base)
+
+
+ELSEWHERE = [
+    "", " ", ".", "..", "../evil", "a/b", "/abs", "a\\b", "C:evil", "a\0b", "a\nb", "a*b", "~", "-rf", "name.",
+    "CON", "nul.txt", "com1", "x" * 300, "\u202egpj.exe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_names_that_lead_elsewhere_are_refused(server, name):
+    before = tree(server.base.parent)
+    assert f"name={name[:80]!r}" in refusal(server, graph(name))
+    after = tree(server.base.parent)
+    assert [path for path in after.keys() - before.keys() if "/temp/" not in path] == []
+
+
+REFUSED = {
+    "output.dir=/tmp/elsewhere": "output.dir", "output.result=/tmp/elsewhere.safetensors": "output.result",
+    "data.embeddings=/tmp/elsewhere": "data.embeddings", "reward.name=os:system": "'os:system'",
+    "reward.name=/tmp/evil.py:load": "'/tmp/evil.py:load'", "model.family=antigravity:load": "model.family",
+    "reward.more=[{name: 'os:system'}]": "'os:system'", "parallel.nonsense=3": "nonsense", "optim.lr=fast": "optim.lr",
+    "just words": "just words",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_settings_that_write_elsewhere_or_run_code_are_refused(server, setting):
+    given = train("strange")["inputs"] | {"more_settings": setting}
+    said = refusal(server, {"train": node("SRPOTrain", **given)})
+    assert REFUSED[setting] in said, said
+    assert not (runs(server) / "strange").exists()
+
+
+def test_no_secret_is_written(server):
+    """The training has the token, for weights of rewards; no file below ComfyUI's folder does."""
+    ran(server, graph("secretive", mode="background"))
+    process = psutil.Process(at_work(runs(server) / "secretive")["pid"])
+    assert process.environ()["HF_TOKEN"] == TOKEN
+    until(lambda: not trainings(server.base), "its end")
+    assert [path for path in tree(server.base) if TOKEN.encode() in (server.base / path).read_bytes()] == []

@@ -1,0 +1,248 @@
+"""Memory by phase, what would make a run fit, and the time it takes: laws, and numbers that runs showed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import load, tiny_config
+from torch import nn
+
+from srpo_core.checks import footprint_of
+from srpo_core.config import ModelConfig, RunConfig
+from srpo_core.description import load_run
+from srpo_core.duration import (
+    Pace,
+    Work,
+    count_work,
+    duration_text,
+    expected_pace,
+    matmul_rate,
+    own_pace,
+    run_seconds,
+)
+from srpo_core.estimate import Shapes, estimate, shapes_of
+from srpo_core.fitting import LARGER, less_memory, smaller_settings, what_would_fit, with_changes
+from srpo_core.interfaces import Components
+from srpo_core.models.flux import FluxFlow, ImageAutoencoder
+from srpo_core.weights.loading import empty_parameters
+
+RESULTS = Path(__file__).parent.parent / "scripts" / "results"
+GIB = 2**30
+
+
+class FullSize(Components):
+    """FLUX.1-dev's shapes on meta."""
+
+    def __init__(self) -> None:
+        from diffusers import AutoencoderKL, FluxTransformer2DModel
+        from transformers import T5Config, T5EncoderModel
+
+        self.prompts = {}
+        with empty_parameters():
+            self.transformer = FluxTransformer2DModel(guidance_embeds=True)
+            self.vae = AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, use_quant_conv=False,
+                use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4,
+            )  # fmt: skip
+            self.t5 = T5EncoderModel(
+                T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+                         feed_forward_proj="gated-gelu")
+            )  # fmt: skip
+        self.t5.set_input_embeddings(self.t5.shared)
+
+    def outline(self) -> FluxFlow:
+        return FluxFlow(self.transformer, 8, torch.bfloat16)
+
+    def autoencoder_outline(self) -> ImageAutoencoder:
+        return ImageAutoencoder(self.vae, recompute=False)
+
+    def text_outline(self) -> tuple[nn.Module, ...]:
+        return (self.t5,)
+
+    def embeds_outline(self) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (512, 4096), "pooled_prompt_embeds": (768,)}
+
+
+@pytest.fixture(scope="module")
+def full_size() -> FullSize:
+    return FullSize()
+
+
+@pytest.fixture(scope="module")
+def shapes(full_size) -> Shapes:
+    return shapes_of(RunConfig(reward={"name": "hpsv2"}), full_size)
+
+
+def preset(name: str, *overrides: str) -> RunConfig:
+    return load_run(name, overrides)
+
+
+def test_what_runs_measured_is_what_is_predicted(shapes):
+    runs = json.loads((RESULTS / "full_size.json").read_text())["runs"]
+    measured = {run["what"]: run["device_peak_gib"] for run in runs}
+    for name in ("flux-dev-lora", "flux-dev-lora-24gb"):
+        config = preset(name, "optim.accumulation=1")
+        assert estimate(config, shapes).peak / GIB == pytest.approx(measured[f"srpo train {name}, 720 x 720"], rel=0.03)
+    encoding = estimate(preset("flux-dev-lora"), shapes).phases["encoding prompts"]
+    assert encoding / GIB == pytest.approx(measured["srpo encode, T5 in bfloat16"], rel=0.03)
+
+
+def test_weights_are_counted_by_hand(shapes):
+    """No activations: those of the rollout of the smallest picture are left in, and are small."""
+    config = preset("flux-dev-lora", "optim.accumulation=1", "data.height=16", "data.width=16")
+    by_hand = 2 * 11_901_408_320 + 12 * 130_744_320 + 2 * 83_819_683 + 4 * 986_109_441
+    assert 0 < estimate(config, shapes).phases["rollout"] - by_hand < 0.4 * GIB
+    eight_bit = with_changes(config, {"model.frozen_memory": "8bit"})
+    saved = estimate(config, shapes).phases["previews"] - estimate(eight_bit, shapes).phases["previews"]
+    assert saved == pytest.approx(11.8e9, rel=0.06)  # a byte for each number of a matrix, less one that is expanded
+
+
+@pytest.mark.parametrize(
+    ("more", "less"),
+    [
+        ("data.height=1024", "data.height=720"),
+        ("data.batch_size=2", "data.batch_size=1"),
+        ("model.recompute=false", "model.recompute=true"),
+        ("model.frozen_memory=full", "model.frozen_memory=8bit"),
+        ("model.dtype=float32", "model.dtype=bfloat16"),
+        ("lora.rank=64", "lora.rank=16"),
+        ("lora.rank=0", "lora.rank=32"),
+        ("lora.targets=all", "lora.targets=attention"),
+        ("optim.ema_decay=0.9", "optim.ema_decay=0"),
+        ("parallel.processes=2", "parallel.processes=1"),
+    ],
+)
+def test_more_takes_more(shapes, more, less):
+    for base in ("flux-dev-lora", "flux-dev-lora-24gb"):
+        if base.endswith("24gb") and "lora.rank=0" in more:
+            continue  # 8 bits are for frozen weights
+        assert estimate(preset(base, more), shapes).on_card > estimate(preset(base, less), shapes).on_card
+
+
+def test_t5_is_what_a_run_of_little_else_takes(shapes):
+    small = {"model.frozen_memory": "8bit", "lora.targets": "attention"}
+    for t5_memory, gib in (("full", 9.4), ("8bit", 5.0), ("offload", 3.7)):  # measured on an H100
+        config = with_changes(preset("flux-dev-lora"), {**small, "model.t5_memory": t5_memory})
+        assert estimate(config, shapes).phases["encoding prompts"] / GIB == pytest.approx(gib, rel=0.12)
+
+
+def test_what_is_said_to_fit_fits(shapes):
+    config = preset("flux-dev-lora")
+    for card in (80e9, 48e9, 32e9, 24e9):
+        free = round(0.97 * card)
+        for line in what_would_fit(config, shapes, free):
+            words, _, size = line.rpartition(": ")
+            changed = load_run("flux-dev-lora", words.split())
+            there = estimate(changed, shapes).on_card
+            assert there <= free and size == f"{there / GIB:.1f} GiB"
+    assert what_would_fit(config, shapes, round(24e9))[0].startswith("model.frozen_memory=8bit")
+    (nothing,) = what_would_fit(config, shapes, round(8e9))
+    assert nothing.startswith("even model.frozen_memory=8bit") and nothing.endswith(LARGER)
+
+
+def test_the_change_that_costs_least_is_told_first(shapes):
+    wasteful = preset("flux-dev-lora", "model.recompute=false", "data.batch_size=4", "data.height=1024")
+    order = [next(iter(change)) for change in smaller_settings(wasteful, shapes)]
+    assert order[:3] == ["model.t5_memory", "model.recompute", "data.batch_size"]
+    assert order[-1] == "data.height"
+    batch = next(change for change in smaller_settings(wasteful, shapes) if "data.batch_size" in change)
+    assert batch["optim.accumulation"] == 4 * wasteful.optim.accumulation  # as many pictures a step
+    told = less_memory(wasteful, shapes)
+    assert 0 < told.index("model.recompute=true: ") < told.index("data.batch_size=1 optim.accumulation=128: ")
+    assert told.endswith(f"; about {estimate(wasteful, shapes).on_card / GIB:.1f} GiB were expected")
+
+
+def test_a_picture_keeps_its_shape_when_it_gets_smaller(shapes):
+    config = preset("flux-dev-lora", "data.height=768", "data.width=1152")
+    sizes = [change for change in smaller_settings(config, shapes) if "data.height" in change]
+    assert [(size["data.height"], size["data.width"]) for size in sizes] == [(432, 640), (336, 512), (256, 384)]
+    for size in sizes:
+        shapes.flow.latent_shape(size["data.height"], size["data.width"])
+
+
+def test_the_miniature_is_estimated_on_a_cpu_too():
+    from srpo_core.models import load_model
+
+    config = preset("miniature")
+    shapes = shapes_of(config, load_model(config.model, "cpu"))
+    assert shapes.blocks == 6 and shapes.width == 256 and shapes.text == 0
+    assert 0.5 < estimate(config, shapes).on_card / GIB < 2  # 1.1 GiB of the process were measured
+
+
+def test_operations_are_counted_by_hand(full_size):
+    """A forward pass of FLUX.1-dev at 720 x 720, as its matrices and its attention have it."""
+    work = count_work(RunConfig(), full_size)
+    width, tokens, texts = 3072, 2025, 512
+    double = 2 * 12 * width**2 * (tokens + texts) + 2 * 2 * 6 * width**2
+    single = 2 * 12 * width**2 * (tokens + texts) + 2 * 3 * width**2
+    attention = 57 * 4 * (tokens + texts) ** 2 * width
+    ends = 2 * width * (tokens * 128 + texts * 4096)
+    assert work.forward == pytest.approx(19 * double + 38 * single + attention + ends, rel=1e-4)
+    with torch.inference_mode():  # as ComfyUI's nodes run
+        assert count_work(RunConfig(), full_size) == work
+
+
+def test_counting_leaves_a_loaded_model_as_it_is():
+    components = load(ModelConfig(dtype="float32"), "cpu")
+    before = {name: tensor.clone() for name, tensor in components.flow.module.state_dict().items()}
+    work = count_work(tiny_config("unused"), components)
+    assert work.forward > 0 and work.decode > 0
+    after = components.flow.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) and after[name].device.type == "cpu" for name in before)
+
+
+def test_a_step_is_the_sum_of_its_passes(tmp_path):
+    config = tiny_config(tmp_path, lora__rank=2, optim__accumulation=3, align__branches=["denoise"])
+    footprint = replace(footprint_of(config, load(config.model, "cpu").flow), layers=0)
+    work, rate = Work(forward=1000.0, decode=0.0), 1000.0
+    pace = expected_pace(config, footprint, work, rate, "cpu")
+    one = expected_pace(with_changes(config, {"optim.accumulation": 1}), footprint, work, rate, "cpu")
+    forwards = (config.rollout.num_steps + 2) * config.data.batch_size  # the gradient's pass counts twice
+    drift = 2
+    assert pace.step / one.step == pytest.approx((3 * forwards + drift) / (forwards + drift))
+    full = expected_pace(with_changes(config, {"lora.rank": 0, "optim.accumulation": 1}), footprint, work, rate, "cpu")
+    assert full.step / one.step == pytest.approx((forwards + config.data.batch_size + drift) / (forwards + drift))
+
+
+def test_the_rest_of_a_run_is_steps_previews_and_evaluation(tmp_path):
+    config = tiny_config(tmp_path, optim__steps=10, output__preview_every=4, output__preview_prompts=2)
+    pace = Pace(step=3.0, picture=0.5)
+    assert run_seconds(config, pace) == 10 * 3 + 4 * 2 * 0.5  # before training, after 4, 8 and 10
+    assert run_seconds(config, pace, done=5) == 5 * 3 + 2 * 2 * 0.5
+    assert run_seconds(config, pace, done=10) == 0
+    evaluated = with_changes(config, {"output.evaluate_prompts": 8, "output.preview_every": 0})
+    assert run_seconds(evaluated, pace) == 10 * 3 + 2 * 8 * 0.5
+    assert run_seconds(evaluated, pace, done=9) == 3 + 8 * 0.5
+
+
+def test_a_run_that_has_steps_goes_by_them(tmp_path):
+    assert own_pace(tmp_path, 2) is None
+    lines = [{"step": 0, "seconds": {"preview": 9.0, "total": 9.0}}]
+    lines += [{"step": n, "seconds": {"total": 2.0}} for n in (1, 2, 3)]
+    lines.append({"step": 4, "seconds": {"total": 8.0, "preview": 6.0}})
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert own_pace(tmp_path, 2) == Pace(step=2.0, picture=3.0)
+
+
+def test_a_device_is_tried_in_no_time():
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e14
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3.31, "3.3 s"),
+        (42, "42 s"),
+        (300, "5 min"),
+        (3600, "1 h 0 min"),
+        (13_200, "3 h 40 min"),
+        (190_800, "2 days 5 h"),
+    ],
+)
+def test_durations_in_words(seconds, text):
+    assert duration_text(seconds) == text

@@ -1,0 +1,88 @@
+"""Runs of several processes: however one ends, none is left."""
+
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from background_runs import LIMIT, ended, no_process_left, run, until  # noqa: F401
+
+from srpo_core import launch
+from srpo_core.checkpoint import list_checkpoints
+from srpo_core.files import write_atomic
+from srpo_core.run_state import read_state
+
+SEVERAL = {"parallel": {"device": "cpu", "processes": 2}, "lora": {"rank": 2}}
+
+
+def ranks_of(state):
+    """The processes of a run of several, rank 0 first, and torchrun behind them."""
+    launcher = psutil.Process(state.launcher)
+    ranks = [process for process in launcher.children() if "train" in process.cmdline()]
+    return [*sorted(ranks, key=lambda process: process.pid != state.pid), launcher]
+
+
+def gone(processes):
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+def test_several_processes_stop_and_go_on_as_one(tmp_path):
+    folder = tmp_path / "run"
+    pid = launch.start(run(folder, 9999, **SEVERAL))
+    state = until(folder, lambda state: state.step >= 1)
+    family = ranks_of(state)
+    assert (state.launcher, len(family)) == (pid, 3)
+    assert state.pid == family[0].pid
+    state = launch.stop(folder, patience=LIMIT)
+    assert state.status == "stopped"
+    assert gone(family)
+    assert list_checkpoints(folder)[-1].name == f"step-{state.step:06d}"
+    launch.resume(folder, state.step + 1)
+    last = until(folder, ended)
+    assert (last.status, last.step) == ("finished", state.step + 1), last.error
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_whichever_of_several_processes_is_killed_none_is_left(tmp_path, victim):
+    """2 is torchrun itself."""
+    folder = tmp_path / "run"
+    launch.start(run(folder, 9999, **SEVERAL))
+    family = ranks_of(until(folder, lambda state: state.step >= 1))
+    family[victim].kill()
+    assert gone(family)
+    state = until(folder, ended)
+    expected = {0: ("killed",), 1: ("failed",), 2: ("failed", "killed")}  # rank 0 may see rank 1 end before itself
+    assert state.status in expected[victim]
+    assert state.status == "killed" or "another process of this run is gone" in state.error
+
+
+def test_kill_ends_all_of_several_processes(tmp_path):
+    folder = tmp_path / "run"
+    launch.start(run(folder, 9999, **SEVERAL))
+    state = until(folder, lambda state: state.step >= 1)
+    family = ranks_of(state)
+    launch.kill(state)
+    assert not [process for process in family if process.is_running()]
+    assert read_state(folder).status == "killed"
+
+
+def test_several_processes_in_the_foreground(tmp_path):
+    """As typed: the terminal's interrupt stops the run, and the exit code says so."""
+    folder = tmp_path / "run"
+    write_atomic(tmp_path / "run.yaml", run(folder, 9999, **SEVERAL).model_dump_json())
+    command = [sys.executable, str(launch.MAIN), "train", str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    state = until(folder, lambda state: state is not None and state.step >= 1)
+    family = ranks_of(state)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=LIMIT)[0]
+    assert process.returncode == 3
+    assert "Go on with:" in said
+    assert gone(family)
+    assert read_state(folder).status == "stopped"
+    steps = f"optim.steps={read_state(folder).step + 1}"
+    done = subprocess.run([*command[:3], str(folder), "--resume", steps], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Done: ") == 1
+    assert (folder / "report.html").is_file()

@@ -1,0 +1,117 @@
+"""A run's scripts: shell that is well formed, says what torchrun is to do, and really trains."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import tiny_config
+
+from srpo_core.checkpoint import list_checkpoints
+from srpo_core.files import write_atomic
+from srpo_core.run_scripts import write_scripts
+from srpo_core.run_state import read_state
+
+ODD = "a run; $(touch x) 'quoted'"
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+def run(tmp_path, **settings):
+    """A run's folder with its description and scripts."""
+    folder = tmp_path / ODD
+    config = tiny_config(folder, **settings)
+    write_atomic(folder / "run.json", config.model_dump_json())
+    return folder, write_scripts(config, folder)
+
+
+def said(script, *words, **environment):
+    """What the script would start: instead of Python it has `echo`."""
+    place = script.with_name(f"said-{script.name}")
+    place.write_text(re.sub(r"^PYTHON=.*$", "PYTHON=echo", script.read_text(), flags=re.MULTILINE))
+    command = ["bash", str(place), *words]
+    told = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return told.stdout.strip()
+
+
+@pytest.mark.parametrize("settings", [{}, {"parallel": {"processes": 8, "gpus": "0,1, 2", "nodes": 2}}])
+def test_they_are_well_formed(tmp_path, settings):
+    folder, scripts = run(tmp_path, **settings)
+    assert [path.name for path in scripts] == ["train.sh", "multi_host.sh", "slurm.sh"]
+    for path in scripts:
+        assert path.parent == folder / "scripts"
+        assert os.access(path, os.X_OK)
+        subprocess.run(["bash", "-n", str(path)], check=True)
+        assert path.read_text().startswith("#!/bin/bash\n#")
+        assert "{" not in path.read_text().replace("${", "")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_numbers_reach_torchrun(tmp_path):
+    folder, (train, hosts, _) = run(tmp_path, parallel={"processes": 2, "rendezvous": "10.0.0.5:29501", "nodes": 2})
+    told = said(train, "optim.steps=8")
+    assert "--standalone --nproc-per-node=2" in told
+    assert told.endswith(f"train {folder} --resume parallel.processes=2 parallel.nodes=1 optim.steps=8")
+    assert "torch.distributed" not in said(train, NPROC_PER_NODE="1")
+    told = said(hosts)
+    assert "--nnodes=2 --node-rank=0 --nproc-per-node=2 --master-addr=10.0.0.5 --master-port=29501" in told
+    told = said(hosts, NNODES="3", NODE_RANK="2", NPROC_PER_NODE="4", MASTER_ADDR="first", MASTER_PORT="1234")
+    assert "--nnodes=3 --node-rank=2 --nproc-per-node=4 --master-addr=first --master-port=1234" in told
+    assert told.endswith(
+        f"train {folder} --resume parallel.processes=4 parallel.nodes=3 parallel.node_rank=2"
+        " parallel.rendezvous=first:1234"
+    )
+
+
+def test_named_gpus(tmp_path):
+    _, (train, *_) = run(tmp_path, parallel={"gpus": "2, 3", "processes": 2})
+    assert 'CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-2,3}" CUDA_DEVICE_ORDER=PCI_BUS_ID' in train.read_text()
+
+
+def test_slurm_gives_each_machine_its_number(tmp_path):
+    """With programs named as Slurm's that do what they do on two machines."""
+    folder, (_, hosts, slurm) = run(tmp_path, parallel={"processes": 4, "nodes": 2})
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/bash\nprintf 'first\\nsecond\\n'\n")
+    (programs / "srun").write_text('#!/bin/bash\nfor id in 0 1; do SLURM_NODEID=$id "$@" & wait; done\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    hosts.write_text('echo "$NODE_RANK of $NNODES, $NPROC_PER_NODE each, $MASTER_ADDR:$MASTER_PORT, $*"\n')
+    copy = tmp_path / "spool" / "job"  # where Slurm runs it from
+    copy.parent.mkdir()
+    shutil.copy(slurm, copy)
+    told = subprocess.run(
+        ["bash", str(copy), "optim.steps=9"], capture_output=True, text=True, check=True,
+        env={
+            **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder / "scripts"),
+            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "77",
+        },
+    )  # fmt: skip
+    assert told.stdout == "".join(f"{rank} of 2, 4 each, first:20077, optim.steps=9\n" for rank in (0, 1))
+    assert "#SBATCH --nodes=2\n" in slurm.read_text()
+    assert "#SBATCH --job-name=a-run---" in slurm.read_text()
+
+
+def test_train_sh_trains_also_where_the_folder_was_moved_to(tmp_path):
+    folder, _ = run(tmp_path)
+    moved = tmp_path / "elsewhere" / folder.name
+    moved.parent.mkdir()
+    folder.rename(moved)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    words = ["bash", str(moved / "scripts" / "train.sh")]
+    subprocess.run([*words, "optim.steps=2"], env=environment, check=True, cwd=tmp_path, capture_output=True)
+    assert [path.name for path in list_checkpoints(moved)][-1] == "step-000002"
+    words += ["optim.steps=4"]
+    done = subprocess.run(words, env=environment, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "going on from" in done.stdout
+    assert (read_state(moved).status, read_state(moved).step) == ("finished", 4)
+    assert not folder.exists()
+    assert not (tmp_path / "x").exists()
+
+
+def test_they_name_this_python(tmp_path):
+    _, scripts = run(tmp_path)
+    assert all(f"PYTHON={sys.executable}\n" in path.read_text() for path in scripts)

@@ -1,0 +1,88 @@
+"""What a run's folder says about it, to whoever reads it."""
+
+import json
+import os
+import time
+
+import pytest
+
+from srpo_core import cli, launch
+from srpo_core.config import ConfigError, RunConfig
+from srpo_core.run_state import describe, read_state, recent_metrics, seconds_left, told, write_state
+
+
+def test_a_reused_pid_is_not_the_run(tmp_path):
+    write_state(tmp_path, "training", 10)
+    assert read_state(tmp_path).status == "training"
+    text = (tmp_path / "state.json").read_text()
+    created = read_state(tmp_path).created
+    (tmp_path / "state.json").write_text(text.replace(str(created), str(created - 100)))
+    assert read_state(tmp_path).status == "killed"
+    (tmp_path / "state.json").write_text("{")
+    assert read_state(tmp_path) is None
+
+
+def test_a_process_of_another_machine_is_let_be(tmp_path):
+    """Its pid may be anyone's here: this very process, say."""
+    write_state(tmp_path, "training", 10)
+    file = tmp_path / "state.json"
+    file.write_text(file.read_text().replace(f'"host": "{read_state(tmp_path).host}"', '"host": "elsewhere"'))
+    with pytest.raises(ConfigError, match="runs on elsewhere"):
+        launch.stop(tmp_path, patience=0.1)
+    assert (tmp_path / "stop").exists()
+
+
+def test_a_silent_machine_is_given_up(tmp_path):
+    write_state(tmp_path, "training", 10)
+    file = tmp_path / "state.json"
+    file.write_text(file.read_text().replace(f'"host": "{read_state(tmp_path).host}"', '"host": "elsewhere"'))
+    assert read_state(tmp_path).status == "training"
+    long_ago = time.time() - 1000
+    os.utime(file, (long_ago, long_ago))
+    state = read_state(tmp_path)
+    assert (state.status, round(state.ended)) == ("killed", round(long_ago))
+    launch.check_idle(RunConfig.model_validate({"output": {"dir": str(tmp_path)}}))
+
+
+def test_the_newest_lines_are_read_without_the_others(tmp_path):
+    line = {"step": 1, "seconds": {"total": 2.0}, "text": "x" * 1000}
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(1, 301):
+            file.write(json.dumps(line | {"step": step}) + "\n")
+        file.write('{"step": 301, "sec')
+    write_state(tmp_path, "training", 310)
+    state = read_state(tmp_path)
+    assert state.step == 300
+    assert seconds_left(tmp_path, state) == pytest.approx(20.0)
+    assert len(recent_metrics(tmp_path)) < 70
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line | {"text": "x" * 200_000}) + "\n")
+    assert read_state(tmp_path).step == 1
+
+
+def test_a_phase_is_told_at_once_and_how_far_it_is_now_and_then(tmp_path):
+    with told(tmp_path, 10) as telling:
+        assert read_state(tmp_path).status == "starting"
+        telling.phase("encoding prompts", 0, 9)
+        telling.training()
+        telling.phase("preview", 0, 4)
+        state = read_state(tmp_path)
+        assert (state.status, state.phase, state.phase_done, state.phase_total) == ("training", "preview", 0, 4)
+        assert describe(tmp_path)[0].startswith(f"{tmp_path}: training, step 0 of 10, preview 0 of 4 (process ")
+        for done in range(1000):
+            telling.phase("preview", done, 1000)
+        assert read_state(tmp_path).phase_done < 1000
+        telling.outcome = "finished"
+    assert (read_state(tmp_path).status, read_state(tmp_path).phase) == ("finished", "")
+
+
+def test_the_reason_of_a_failure_is_told(tmp_path, capsys):
+    write_state(tmp_path, "failed", 10, error="the disk\nis full")
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: failed, step 0 of 10\n  the disk\n  is full\n"
+
+
+def test_a_state_that_names_another_process_ends_none(tmp_path):
+    """Whoever can write into the folder could name any; this one trains nothing."""
+    write_state(tmp_path, "training", 10)
+    launch.kill(read_state(tmp_path))
+    assert read_state(tmp_path).status == "training"
