@@ -16,6 +16,8 @@ from srpo_core.run_state import LOG_FILE, RunState, ask_to_stop, is_alive, log_t
 LOOK_EVERY = 0.1
 PATIENCE = 600.0
 """Seconds that a run which was cancelled may take to save; a second Cancel doesn't wait for it."""
+SOON = 30.0
+"""Seconds that one may take which is still loading, and has nothing to save."""
 LOG_LINES = 12
 
 
@@ -57,9 +59,10 @@ def _finished(run_dir: Path, bar: ProgressBar, steps: int) -> RunState | None:
 def _end(run_dir: Path) -> None:
     """Have a run save and end; one that takes too long, or that is cancelled once more, ends without."""
     ask_to_stop(run_dir)
-    end = time.monotonic() + PATIENCE
+    asked = time.monotonic()
     while (state := read_state(run_dir)) is not None and state.active:
-        if management.processing_interrupted() or time.monotonic() > end:
+        patience = SOON if state.status == "starting" else PATIENCE
+        if management.processing_interrupted() or time.monotonic() > asked + patience:
             launch.kill(state)
             return
         time.sleep(LOOK_EVERY)

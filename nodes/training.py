@@ -125,7 +125,7 @@ def _widgets() -> list[io.Input]:
         io.Combo.Input(
             "if_there", options=list(IF_THERE), default=GO_ON,
             tooltip="Where a training of this name is there. go on: it is resumed, continued to more steps, watched"
-            " while it is at work, or used when it is done. new run: name-2, name-3, ...",
+            " while it is at work, or used when it is done. new run: name-2, name-3, ... (of a graph that changed).",
         ),
         *Setting("output.preview_every").widgets(),
         *Setting("output.checkpoint_every").widgets(),

@@ -157,7 +157,7 @@ def _find_rewards(config: RunConfig, complaints: Complaints) -> None:
                 try:
                     path = reward_path(one.name, FILE_AUTO)
                 except NoReward as error:
-                    raise Missing(f"reward: there is no {CATALOGUE[one.name].what}", one.name) from error
+                    raise Missing(f"reward: {CATALOGUE[one.name].what}, is not there", one.name) from error
                 one.path = None if path is None else str(path)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from srpo_core.errors import TrainingError
 from srpo_core.files import write_atomic
 from srpo_core.gpus import check_free
 from srpo_core.plan import Plan, plan_run
+from srpo_core.run_state import log_tail
 from srpo_core.run_view import in_words, summary
 
 from . import packages, run_outputs, run_safety
@@ -32,6 +33,7 @@ from .training_models import COMFYUI, comfyui_known
 from .training_run import Described, describe, texts_there, there_already
 
 PLAN_FILE = "plan.json"
+LOG_LINES = 100
 _WIDGETS = {
     r"parallel\.(processes|gpus|share_gpu|nodes|node_rank|rendezvous)\b": r"\1",
     r"output\.(preview_every|checkpoint_every)\b": r"\1",
@@ -87,12 +89,9 @@ def begin(
 
 
 def _checked_or_started(described: Described, resume: bool, only_check: bool) -> list[Table]:
-    config, taken = described.config, ""
-    if only_check:
-        launch.check(config, resume, background=False)
-        taken = _is_taken(config)
-    else:
-        launch.check(config, resume)
+    config = described.config
+    taken = _taken(config) if only_check else ""
+    launch.check(_shared(config) if taken else config, resume)
     with texts_there(described.texts) as keep:
         plan = plan_run(config, resume)
         rows = (*plan.rows, ("result", config.output.result or ""))
@@ -106,17 +105,24 @@ def _checked_or_started(described: Described, resume: bool, only_check: bool) ->
         management.soft_empty_cache()
         launch.start(config, resume, {"COMFYUI_PATH": os.environ.get("COMFYUI_PATH") or str(COMFYUI)})
         keep()
-    write_atomic(work_folder(config) / PLAN_FILE, json.dumps(rows, indent=1))
+    with suppress(OSError):  # a full disk ends the run, which says so
+        write_atomic(work_folder(config) / PLAN_FILE, json.dumps(rows, indent=1))
     return []
 
 
-def _is_taken(config: RunConfig) -> str:
-    """Why the run could not start just now, though nothing is wrong with it."""
+def _taken(config: RunConfig) -> str:
+    """Which other run is at work on the device; empty if none is. ConfigError if the device itself can't be."""
     try:
         check_free(config)
     except ConfigError as error:
-        return str(error)
+        check_free(_shared(config))
+        return _by_widgets(error)
     return ""
+
+
+def _shared(config: RunConfig) -> RunConfig:
+    """The run, which doesn't mind another one on its device."""
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"share_gpu": True})})
 
 
 def _refusal(plan: Plan) -> str:
@@ -129,10 +135,14 @@ def _in_widgets() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        message = str(error)
-        for setting, widget in _WIDGETS.items():
-            message = re.sub(setting, widget, message)
-        raise ConfigError(message) from error
+        raise ConfigError(_by_widgets(error)) from error
+
+
+def _by_widgets(error: ConfigError) -> str:
+    message = str(error)
+    for setting, widget in _WIDGETS.items():
+        message = re.sub(setting, widget, message)
+    return message
 
 
 def _plan_table(rows: Sequence[tuple[str, str]], note: str = "") -> Table:
@@ -157,18 +167,31 @@ def outputs(config: RunConfig) -> tuple[tuple[Any, ...], list[str]]:
     """What a finished run gives, as far as it is there, and a line for each thing that isn't."""
     folder = Path(config.output.dir)
     (before, after), no_pictures = run_outputs.pictures(folder, config)
+    if no_pictures:
+        no_pictures = _last_said(folder, "warning: the preview") or no_pictures
     lora, no_lora = run_outputs.newest_lora(folder) if config.lora.rank else (run_outputs.NOT_YET, "")
-    path, no_file = _result_file(folder)
+    path, no_file = _result_file(config)
     found = (lora, run_outputs.losses(folder), before, after, path)
     return found, [note for note in (no_pictures, no_lora, no_file) if note]
 
 
-def _result_file(folder: Path) -> tuple[str, str]:
+def _last_said(folder: Path, beginning: str) -> str:
+    """The last line of what a run printed that begins so; empty if none does."""
+    return next((line for line in reversed(log_tail(folder, LOG_LINES)) if line.startswith(beginning)), "")
+
+
+def _result_file(config: RunConfig) -> tuple[str, str]:
     """The result's file, written again if it is gone; the run's folder, and why, where that fails."""
+    from srpo_core.export import export_run
+
+    folder = Path(config.output.dir)
     written = result.read(folder)
-    if written is not None and written["path"] is not None and Path(written["path"]).is_file():
-        return written["path"], ""
+    path = written["path"] if written is not None else None
+    if path is not None and Path(path).is_file():
+        return path, ""
     try:
+        if path is not None and path == config.output.result:
+            return str(export_run(folder, path, checkpoint=written["step"], config=config)), ""
         return str(result.save_now(folder, check=lambda config: run_safety.check(config, folder))), ""
     except (ConfigError, TrainingError, OSError) as error:
         return str(folder), f"no file of the result: {error}"

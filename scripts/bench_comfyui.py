@@ -27,6 +27,7 @@ from pathlib import Path
 import bench_comfyui_files as files
 from bench_comfyui_memory import process_seconds, smaller_card
 from bench_comfyui_run import Bench, Graph, Row, changed, nodes_of, reseeded
+from bench_comfyui_training import training
 
 STARTS = 3
 """Starts of the server with the pack and as many without, in turn."""
@@ -121,6 +122,10 @@ class Parts:
             bench.run("SRPO-workflow in scaled fp8, first", reseeded(graph))
             bench.run("SRPO-workflow in scaled fp8, another seed", reseeded(graph))
 
+    def training(self, bench: Bench) -> None:
+        """SRPO Train: a whole training after a picture, the result in use, and Cancel."""
+        training(bench, self.full)
+
     def small_card(self, bench: Bench) -> None:
         """SRPO-workflow with a reward's score, in scaled fp8 and then as stored, on a card with little memory."""
         bench.stop()
@@ -142,7 +147,7 @@ class Parts:
         """Names in order: what another part needs comes before it."""
         names = ["workflow", "interrupt", "score_images", "reward_memory", "best_of_n", "align_preview"]
         names += ["compare_lora", "free"]
-        return ["files", *names, "fp8", "small_card"] if self.full else ["start", *names]
+        return ["files", *names, "fp8", "training", "small_card"] if self.full else ["start", *names, "training"]
 
 
 def _picture(bench: Bench, outputs: Row) -> Row:

@@ -28,19 +28,26 @@ sys.stdin.read()
 
 
 class DeviceMemory:
-    """What NVIDIA's driver says is taken of the first GPU, by all programs; `used()` is None without one."""
+    """What NVIDIA's driver says is taken of a GPU, by all programs; `used()` is None without one.
+
+    The GPU is the first one, or the first that CUDA_VISIBLE_DEVICES has by number.
+    """
 
     class _Info(ctypes.Structure):
         _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
     def __init__(self) -> None:
         self.handle = None
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+        self.index = int(first) if first.isdigit() else 0
         try:
             self.library = ctypes.CDLL("libnvidia-ml.so.1")
         except OSError:
             return
         handle = ctypes.c_void_p()
-        if not self.library.nvmlInit_v2() and not self.library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+        if not self.library.nvmlInit_v2() and not self.library.nvmlDeviceGetHandleByIndex_v2(
+            self.index, ctypes.byref(handle)
+        ):
             self.handle = handle
 
     def used(self) -> float | None:
@@ -52,8 +59,18 @@ class DeviceMemory:
         return round(info.used / GIB, 2)
 
     def _asked(self) -> float:
-        command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", f"--id={self.index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         return round(int(subprocess.check_output(command, text=True)) / 1024, 2)
+
+    def by_process(self) -> dict[int, float]:
+        """GiB of the GPU that each process takes, as far as nvidia-smi tells; {} without a GPU."""
+        if self.handle is None and not shutil.which("nvidia-smi"):
+            return {}
+        fields = "--query-compute-apps=pid,used_memory"
+        command = ["nvidia-smi", f"--id={self.index}", fields, "--format=csv,noheader,nounits"]
+        told = subprocess.run(command, capture_output=True, text=True).stdout
+        rows = re.findall(r"^\s*(\d+)\s*,\s*(\d+)\s*$", told, re.MULTILINE)
+        return {int(pid): round(int(mib) / 1024, 2) for pid, mib in rows}
 
 
 def process_memory(pid: int) -> float:

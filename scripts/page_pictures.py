@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from comfyui_page import ComfyPage, chromium, comfy_page, missing  # noqa: E402
 from comfyui_server import NAME, Server  # noqa: E402
+from comfyui_training import end_trainings  # noqa: E402
 
 OUT = ROOT / "scripts" / "results"
 WIDTH = 1600
@@ -86,19 +87,28 @@ def training(page: ComfyPage) -> None:
 
 
 def trained(page: ComfyPage) -> None:
-    """The same at its end, with what became of it."""
+    """The same at its end."""
     box = train(page)
     ended(page)
     page.until_training(box, lambda shown: shown["status"] == "Finished" and shown["preview"])
-    save(page, "trained", framed(page, ["SRPOTrain", "SRPOCompare"]))
+    save(page, "trained", framed(page, ["SRPORollout", "SRPOTrain"]))
 
 
 def runs(page: ComfyPage) -> None:
-    """The side panel beside the graph of a training."""
+    """The side panel with a training that has ended and one in the background, beside its graph."""
     train(page)
     ended(page)
+    page.page.evaluate(
+        """() => {
+          const { widgets } = app.graph.nodes.find((node) => node.type === "SRPOTrain");
+          const values = { name: "another-look", mode: "background", seed: 1 };
+          for (const [name, value] of Object.entries(values)) widgets.find((one) => one.name === name).value = value;
+        }"""
+    )
+    page.run()
     page.command("Workspace.ToggleSidebarTab.srpo-runs")
-    page.until_training(page.page.wait_for_selector(".srpo-runs"), lambda shown: shown["preview"])
+    panel = page.page.wait_for_selector(".srpo-runs")
+    page.until_training(panel, lambda shown: shown["percent"] >= 60 and "another-look" in shown["preview"])
     framed(page, SETTINGS_AND_TRAIN)
     save(page, "runs")
 
@@ -159,6 +169,7 @@ def server() -> Iterator[Server]:
         try:
             yield one.wait()
         finally:
+            end_trainings(Path(base))  # they outlive the server
             one.stop()
 
 
@@ -168,8 +179,8 @@ PICTURES: dict[str, tuple[Callable[[ComfyPage], None], dict]] = {
     "best_of_n": (lambda page: graph(page, "best_of_n"), {"size": (2400, 1400)}),
     "score_images": (lambda page: graph(page, "score_images"), {"size": (2400, 1500), "vue_nodes": True}),
     "training": (training, {"size": (1700, 1500)}),
-    "trained": (trained, {"size": (1900, 1500), "theme": "light"}),
-    "runs": (runs, {"size": (1700, 1300), "vue_nodes": True}),
+    "trained": (trained, {"size": (1100, 1500), "theme": "light"}),
+    "runs": (runs, {"size": (1600, 1250), "vue_nodes": True}),
     "templates": (templates, {"size": (1500, 950)}),
     "help": (help_page, {"size": (1500, 950)}),
 }

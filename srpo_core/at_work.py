@@ -60,11 +60,14 @@ def _watch(telling: Telling | None, launcher: int) -> Iterator[None]:
     done = threading.Event()
     began = psutil.Process(launcher).create_time() if launcher else 0.0
 
+    def is_held() -> bool:  # POSIX gives an orphan another parent, whatever someone does to the clock meanwhile
+        return is_running(launcher, began) if os.name == "nt" else os.getppid() == launcher
+
     def look() -> None:
         for count in itertools.count():
             if done.wait(LOOK_EVERY):
                 return
-            if launcher and not is_running(launcher, began):
+            if launcher and not is_held():
                 print("srpo: the process that started this one is gone", file=sys.stderr, flush=True)
                 os._exit(1)
             if telling is not None and count % SIGN_EVERY == 0:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from srpo_core.config import ConfigError, ParallelConfig
 from srpo_core.files import write_atomic
-from srpo_core.run_state import is_running
+from srpo_core.run_state import is_running, lineage
 
 FOLDER = "SRPO_LOCKS"
 """Names, in the environment, the folder of the locks; programs that see the same GPUs should have the same one."""
@@ -116,7 +116,7 @@ def held(parallel: ParallelConfig, key: str, run_dir: Path) -> Iterator[None]:
     except OSError:  # a file system without locks: the run is worth more
         pass
     note = _note(key)
-    starting = note is not None and note.pid not in (os.getpid(), os.getppid()) and is_running(note.pid, note.created)
+    starting = note is not None and note.pid not in lineage() and is_running(note.pid, note.created)
     try:
         if lock.is_locked and starting and alone:
             raise _taken(key, note)

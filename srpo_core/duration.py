@@ -1,8 +1,8 @@
 """How long a run takes: by its own steps where it has some, else by arithmetic over what the device can do.
 
 Arithmetic: the operations of a step, counted on the models' outlines, over the rate of a matrix product that is tried
-on the device, times the share of it that runs have shown (scripts/results/memory.json), and what each layer with a LoRA
-costs beside. It is right to a factor of about one and a half: say "about".
+on the device, times the share of it that runs have shown (scripts/results/memory.json), and the time that starting
+operations takes on a GPU. It is right to a factor of about one and a half: say "about".
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ PROBE_SECONDS, PROBE_TRIES = 0.2, 5
 SHARE = {"cuda": 0.5, "mps": 0.4, "cpu": 0.42}
 """Of that rate, in a model's forward and backward passes."""
 DECODER_SHARE = {"cuda": 0.12, "mps": 0.12, "cpu": 0.55}
-LAYER_SECONDS = {"cuda": 0.45e-3, "mps": 0.5e-3, "cpu": 0.0}
-"""What a layer with a LoRA takes beside in a forward pass: many small operations."""
+BLOCK_SECONDS, LAYER_SECONDS = 1.8e-3, 0.13e-3
+"""What starting a GPU's many small operations takes in a forward pass, for each block and each layer with a LoRA."""
+BACKWARD = 3
+"""A backward pass starts so many times the operations of a forward pass."""
 DRIFT_PICTURES = 2
 RECENT = 20
 """Steps whose pace tells that of the rest."""
@@ -55,6 +57,7 @@ class Work:
     forward: float
     """Of the model, with its prompt."""
     decode: float
+    blocks: int
 
 
 def count_work(config: RunConfig, components: Components) -> Work:
@@ -66,7 +69,8 @@ def count_work(config: RunConfig, components: Components) -> Work:
     prompts = PromptBatch(("",), embeds)
     sigma = torch.empty(1, device=meta)
     forward = _operations(lambda: flow.velocity(latents, sigma, prompts, config.align.guidance))
-    return Work(forward, _operations(lambda: autoencoder.decode(latents)))
+    blocks = sum(isinstance(module, flow.block_types) for module in flow.module.modules())
+    return Work(forward, _operations(lambda: autoencoder.decode(latents)), blocks)
 
 
 def _on_meta(part: Any) -> Any:
@@ -115,15 +119,14 @@ def expected_pace(config: RunConfig, footprint: Footprint, work: Work, rate: flo
     """By arithmetic, on a device of type `kind` that does `rate` operations a second in a matrix product."""
     data, align, model, optim = config.data, config.align, config.model, config.optim
     share, decoder = rate * SHARE.get(kind, 0.4), rate * DECODER_SHARE.get(kind, 0.2)
-    beside = footprint.layers * LAYER_SECONDS.get(kind, 0.0)
+    starting = work.blocks * BLOCK_SECONDS + footprint.layers * LAYER_SECONDS if kind != "cpu" else 0.0
 
     def forward(pictures: int) -> float:
-        return pictures * work.forward / share + beside
+        return pictures * work.forward / share + starting
 
-    passes = (
-        2 + model.recompute + (not config.lora.rank)
-    )  # back to the input, and to the weights where they are trained
-    aligned = passes * forward(data.batch_size) + (2 + model.recompute) * data.batch_size * work.decode / decoder
+    passes = 2 + model.recompute + (not config.lora.rank)  # back to the input, and to weights that are trained
+    aligned = passes * data.batch_size * work.forward / share + (1 + BACKWARD + model.recompute) * starting
+    aligned += (2 + model.recompute) * data.batch_size * work.decode / decoder
     on_photos, on_prompts = sources(data, config.seed, optim.steps * optim.accumulation)
     rolled_out = config.rollout.num_steps * forward(data.batch_size) * on_prompts / (on_photos + on_prompts)
     micro = rolled_out + len(align.branches) * align.draws_per_rollout * aligned

@@ -16,7 +16,7 @@ from torch import nn
 from srpo_core.checks import Footprint, footprint_of
 from srpo_core.config import MoreReward, RewardConfig, RunConfig
 from srpo_core.interfaces import Components, TrainableFlow
-from srpo_core.lora import linear_shapes
+from srpo_core.lora import linear_shapes, target_shapes
 
 CONTEXT = 600 * 2**20
 """Bytes that CUDA itself and its libraries take in a process."""
@@ -26,18 +26,24 @@ FRAGMENTS = 0.04
 """What the allocator holds beyond what is in use, as a share of it."""
 NARROW = 2
 """Bytes of a number in bfloat16, for which the numbers below stand; in float32 activations are twice that."""
-BLOCK, KEPT, FORWARD = 120, 62, 60
-"""Bytes for each token and unit of width: of the block whose backward pass runs, of every block where nothing is
-recomputed, and of a forward pass without gradient."""
-DECODE_KEPT, DECODE_RECOMPUTED, DECODE = 11_700, 7_100, 2_800
+BLOCK, FORWARD = 120, 60
+"""Bytes for each token and unit of width: of the block whose backward pass runs, and of a forward pass without
+gradient."""
+KEPT, KEPT_INPUT, KEPT_WHOLE = 25.4, 1.64, 54
+"""The same of every block where nothing is recomputed: beside a LoRA, more for each of its layers in a block by the
+width of the layer's input; and where all weights are trained."""
+EXPANDED = 0.73
+"""Share of the matrices in 8 bits that stay expanded where nothing is recomputed: no gradient passes those of
+modulations."""
+DECODE_KEPT, DECODE_RECOMPUTED, DECODE = 11_700, 6_900, 2_460
 """Bytes for each pixel of a decoder of 128 channels: with gradient, with gradient and recomputed, without gradient."""
 DECODER_WIDTH = 128
 PLAIN_DECODER = 0.25
 """Share of these of a decoder without norms, such as TAESD."""
 ENCODING = 256 * 2**20
 """Bytes for a batch of prompts in text encoders that are large."""
-REWARD = 0.15
-"""Bytes for each parameter of a reward and each picture: its activations."""
+WORKSPACE = 140 * 2**20
+"""Bytes that libraries of matrix products keep."""
 REWARD_PARAMETERS = {
     "hpsv2": 986_109_441,
     "pickscore": 986_109_441,
@@ -156,7 +162,7 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     """A run's memory by phase. ConfigError if lora.targets or the size can't be used."""
     model, data, footprint = config.model, config.data, footprint_of(config, shapes.flow)
     number = NARROW if model.dtype == "bfloat16" else 4
-    still = _frozen_bytes(config, footprint, shapes) + number * shapes.autoencoder + 4 * shapes.rewards
+    still = WORKSPACE + _frozen_bytes(config, footprint, shapes) + number * shapes.autoencoder + 4 * shapes.rewards
     averages = 4 * footprint.trained if config.optim.ema_decay else 0
     trained = 12 * footprint.trained + averages  # weights and two moments
     gradients = 4 * footprint.trained
@@ -201,7 +207,7 @@ def _forward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size
     """Activations of a forward pass without gradient."""
     wide = 1 if config.model.dtype == "bfloat16" else 2
     tokens = config.data.batch_size * shapes.tokens(*size)
-    expanded = 10 * shapes.largest_matrix if config.model.frozen_memory == "8bit" else 0
+    expanded = 3 * shapes.largest_matrix if config.model.frozen_memory == "8bit" else 0
     return wide * FORWARD * tokens * shapes.width + _narrow_copies(config, footprint) + expanded
 
 
@@ -216,12 +222,19 @@ def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Siz
         if model.frozen_memory == "8bit":
             block += number * shapes.largest_block + 8 * shapes.largest_matrix
     else:
-        kept = wide * KEPT * units * shapes.blocks + _narrow_copies(config, footprint)
+        kept = round(wide * _kept(config, shapes) * units) + _narrow_copies(config, footprint)
         if model.frozen_memory == "8bit":
-            kept += number * shapes.matrices
-    reward = round(batch * REWARD * shapes.rewards)
+            kept += round(number * EXPANDED * shapes.matrices)
     forward = kept + _narrow_copies(config, footprint)
-    return max(forward, kept + _decoding(config, shapes, size, True) + reward, kept + block)
+    return max(forward, kept + _decoding(config, shapes, size, True), kept + block)
+
+
+def _kept(config: RunConfig, shapes: Shapes) -> float:
+    """Bytes for each token and unit of width of all blocks, where nothing is recomputed."""
+    if not config.lora.rank:
+        return KEPT_WHOLE * shapes.blocks
+    inputs = sum(columns for _, columns in target_shapes(shapes.flow, config.lora).values())
+    return KEPT * shapes.blocks + KEPT_INPUT * inputs / max(1, shapes.width)
 
 
 def _decoding(config: RunConfig, shapes: Shapes, size: Size, gradient: bool) -> int:

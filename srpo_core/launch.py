@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -57,7 +57,7 @@ def _meeting(parallel: ParallelConfig) -> list[str]:
     if parallel.nodes == 1:
         return ["--standalone", count]
     host, _, port = parallel.rendezvous.rpartition(":")
-    if not host or not port.isdigit():
+    if not re.fullmatch(r"[\w.:\[\]-]+", host) or not re.fullmatch(r"\d{1,5}", port) or int(port) >= 2**16:
         raise ConfigError(
             f"parallel.nodes={parallel.nodes}, parallel.rendezvous={parallel.rendezvous!r}: write host:port of machine"
             " 0, such as 10.0.0.5:29500"
@@ -112,7 +112,8 @@ def _prepare(config: RunConfig, resume: bool) -> tuple[list[str], dict[str, str]
     command = train_command(run_file, resume, config.parallel)
     text = config.model_dump_json(indent=1).encode()
     write_atomic(run_file, text)
-    write_scripts(config, folder)
+    if folder == Path(config.output.dir):  # what they train is the folder that they are in
+        write_scripts(config, folder)
     clear_stop(folder)
     return command, {DIGEST: hashlib.sha256(text).hexdigest()}
 
@@ -140,18 +141,30 @@ def resume(
 def foreground(config: RunConfig, resume: bool = False) -> RunState | None:
     """Train in several processes and wait for them, with their output here; the run's state then.
 
-    SIGINT and SIGTERM ask the run to stop; a second one ends it. ConfigError as for `start`.
+    SIGINT, SIGTERM and a terminal that closes ask the run to stop; a second signal ends it. ConfigError as for `start`.
     """
     folder = work_folder(config)
     chosen = check(config, resume, background=False)
     command, digest = _prepare(config, resume)
-    process = subprocess.Popen(
-        command,
-        env=child_environment({**gpus.environment(config.parallel, chosen), **digest}, config.parallel.processes),
-        **_apart(),
-    )
-    write_state(folder, "starting", config.optim.steps, process.pid)
-    reserve([gpu.key for gpu in chosen], folder.absolute(), process.pid)
+    environment = child_environment({**gpus.environment(config.parallel, chosen), **digest}, config.parallel.processes)
+    with _heeding_signals(folder):
+        process = subprocess.Popen(command, env=environment, **_apart())
+        try:
+            write_state(folder, "starting", config.optim.steps, process.pid)
+            reserve([gpu.key for gpu in chosen], folder.absolute(), process.pid)
+            process.wait()
+        finally:
+            state = read_state(folder)
+            if state is not None:
+                kill(state)
+            process.kill()  # where its state is gone
+            process.wait()
+    return read_state(folder)
+
+
+@contextlib.contextmanager
+def _heeding_signals(folder: Path) -> Iterator[None]:
+    """Inside the context a first signal that would end this process asks the run in a folder to stop."""
     asked = False
 
     def heed(*_: object) -> None:
@@ -161,16 +174,13 @@ def foreground(config: RunConfig, resume: bool = False) -> RunState | None:
         asked = True
         ask_to_stop(folder)
 
-    before = {number: signal.signal(number, heed) for number in (signal.SIGINT, signal.SIGTERM)}
+    there = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, heed) for number in there if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        process.wait()
+        yield
     finally:
-        state = read_state(folder)
-        if state is not None:
-            kill(state)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return read_state(folder)
 
 
 def check_idle(config: RunConfig) -> None:

@@ -124,8 +124,11 @@ class World:
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors, of the same shapes and type on every process, their mean over processes."""
-        for bucket in _buckets(tensors) if self.size > 1 else ():
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        buckets = [(bucket, sum(map(Tensor.numel, bucket))) for bucket in _buckets(tensors)] if self.size > 1 else []
+        with self.together():  # one that has no room for this ends all, instead of having them wait for it
+            room = tensors[0].new_empty(max(count for _, count in buckets)) if buckets else None
+        for bucket, count in buckets:
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket], out=room[:count])
             with _others_answer():
                 dist.all_reduce(flat)
             flat /= self.size

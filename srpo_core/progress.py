@@ -92,9 +92,11 @@ class Display:
     def during(self, name: str, total: int = 0) -> Iterator[Callable[[int], None]]:
         """A phase within another one, which goes on after it; the terminal isn't told. Gives a count of things done."""
         self.on_phase(name, 0, total)
-        yield lambda done: self.on_phase(name, done, total)
-        if self._name:
-            self.on_phase(self._name, self._done, self._total)
+        try:
+            yield lambda done: self.on_phase(name, done, total)
+        finally:
+            if self._name:
+                self.on_phase(self._name, self._done, self._total)
 
     def step(self, metrics: StepMetrics) -> None:
         """A training step is done."""

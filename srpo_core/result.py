@@ -1,7 +1,7 @@
 """output.result: the file of a run's trained weights, written when it ends, that takes no other file's place.
 
 result.json in the run's folder says which file it is, and which others the run has written before: {"path", "step",
-"error", "files"}.
+"error", "files"}. Files that lie in the run's folder move with it: their paths are relative.
 """
 
 from __future__ import annotations
@@ -62,9 +62,12 @@ def step_file(path: Path | str, step: int) -> Path:
 
 def read(run_dir: Path | str) -> dict[str, Any] | None:
     """The run's result: {"path": file or None, "step", "error": why there is none, "files"}; None if none yet."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads((Path(run_dir) / RECORD).read_text(encoding="utf-8"))
-        return {"path": record["path"], "step": record["step"], "error": record["error"], "files": record["files"]}
+    folder = Path(run_dir).absolute()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        path = record["path"] and str(folder / record["path"])
+        written = {str(folder / name): step for name, step in record["files"].items()}
+        return {"path": path, "step": record["step"], "error": record["error"], "files": written}
     return None
 
 
@@ -136,8 +139,14 @@ def _export(config: RunConfig, place: Path, step: int) -> Path:
 
 
 def _record(run_dir: Path, path: str | None, step: int, error: str = "", also: dict[str, int] | None = None) -> None:
-    written = {str(file): of_step for file, of_step in files(run_dir).items()} | (also or {})
+    folder = run_dir.absolute()
+
+    def told(file: str | Path) -> str:
+        return Path(file).relative_to(folder).as_posix() if Path(file).is_relative_to(folder) else str(file)
+
+    written = {told(file): of_step for file, of_step in (files(run_dir) | (also or {})).items()}
     if path is not None:
-        written[path] = step
-    text = json.dumps({"path": path, "step": step, "error": error, "files": written}, indent=1)
+        written[told(path)] = step
+    record = {"path": path and told(path), "step": step, "error": error, "files": written}
+    text = json.dumps(record, indent=1)
     write_atomic(run_dir / RECORD, text)

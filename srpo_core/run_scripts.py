@@ -25,8 +25,7 @@ TRAIN = """\
 # NPROC_PER_NODE is the number of processes, one for each GPU."""
 TRAIN_BODY = """\
 NPROC_PER_NODE="${{NPROC_PER_NODE:-{processes}}}"
-{gpus}
-if [ "$NPROC_PER_NODE" = 1 ]; then
+{gpus}if [ "$NPROC_PER_NODE" = 1 ]; then
     exec "$PYTHON" "$SRPO" train "$RUN" --resume parallel.processes=1 parallel.nodes=1 "$@"
 fi
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PER_NODE" \\
@@ -46,10 +45,11 @@ HOSTS_BODY = """\
 NNODES="${{NNODES:-{nodes}}}"
 NODE_RANK="${{NODE_RANK:-{node_rank}}}"
 NPROC_PER_NODE="${{NPROC_PER_NODE:-{processes}}}"
-MASTER_ADDR="${{MASTER_ADDR:-{host}}}"
-MASTER_PORT="${{MASTER_PORT:-{port}}}"
-{gpus}
-exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \\
+HOST={host}
+PORT={port}
+MASTER_ADDR="${{MASTER_ADDR:-$HOST}}"
+MASTER_PORT="${{MASTER_PORT:-$PORT}}"
+{gpus}exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \\
     --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \\
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes="$NNODES" \\
     parallel.node_rank="$NODE_RANK" parallel.rendezvous="$MASTER_ADDR:$MASTER_PORT" "$@"
@@ -86,16 +86,16 @@ def write_scripts(config: RunConfig, run_dir: Path | str) -> list[Path]:
     parallel = config.parallel
     host, _, port = parallel.rendezvous.rpartition(":")
     named = parallel.gpus.replace(" ", "")
-    export = f'export CUDA_VISIBLE_DEVICES="${{CUDA_VISIBLE_DEVICES:-{named}}}" CUDA_DEVICE_ORDER=PCI_BUS_ID'
+    export = 'export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-$GPUS}" CUDA_DEVICE_ORDER=PCI_BUS_ID'
     values = {
         "python": shlex.quote(sys.executable),
         "main": shlex.quote(str(MAIN)),
-        "gpus": "" if named == "auto" else export,
+        "gpus": "" if named == "auto" else f"GPUS={shlex.quote(named)}\n{export}\n",
         "processes": parallel.processes,
         "nodes": parallel.nodes,
         "node_rank": parallel.node_rank,
-        "host": host or "${HOSTNAME:-localhost}",
-        "port": port or 29500,
+        "host": shlex.quote(host) if host else '"${HOSTNAME:-localhost}"',
+        "port": shlex.quote(port or "29500"),
         "cpus": 8 * parallel.processes,
         "job": _job_name(Path(run_dir).absolute().name),
     }
@@ -113,6 +113,6 @@ def _job_name(name: str) -> str:
 
 
 def _script(path: Path, text: str) -> Path:
-    write_atomic(path, text.replace("\n\n", "\n"), durable=False)
+    write_atomic(path, text, durable=False)
     os.chmod(path, 0o755)
     return path

@@ -11,11 +11,12 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+from pydantic import TypeAdapter
 
 from srpo_core.config import ConfigError
 from srpo_core.files import write_atomic
@@ -72,6 +73,9 @@ class RunState:
         return self.status in ACTIVE
 
 
+_STATE = TypeAdapter(RunState)
+
+
 class Telling:
     """What the process at work on a run says about it; `outcome` is how it ends where nothing goes wrong."""
 
@@ -97,6 +101,7 @@ class Telling:
 
     def end(self, status: Status, error: str = "") -> None:
         """Say how it ended."""
+        error = error.encode(errors="replace").decode()  # names of files may hold what is no text
         self._state = replace(self._state, status=status, error=error, phase="", phase_done=0, phase_total=0)
         self._state = replace(self._state, ended=time.time())
         self._write()
@@ -128,14 +133,13 @@ def _state_of(status: Status, steps: int, pid: int | None = None, error: str = "
 def read_state(run_dir: Path) -> RunState | None:
     """A run's state by now; None where no process has said anything.
 
-    A process that is gone without a word was killed; or it failed before training, and its log says why.
+    A process that is gone without a word was killed; or it failed before training, and its log says why. A file that
+    holds something else, whoever wrote it, is no word.
     """
     path = Path(run_dir) / FILE
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        state = RunState(**{field.name: record[field.name] for field in fields(RunState) if field.name in record})
-        seen = path.stat().st_mtime
-    except (OSError, ValueError, TypeError):
+        state, seen = _STATE.validate_json(path.read_bytes(), strict=True), path.stat().st_mtime
+    except (OSError, ValueError):
         return None
     lines = recent_metrics(run_dir)
     changes: dict[str, Any] = {"step": lines[-1]["step"] if lines else 0}
@@ -160,8 +164,16 @@ def is_running(pid: int, created: float) -> bool:
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) <= 1
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # or a number that is no pid
         return False
+
+
+def lineage() -> set[int]:
+    """The pids of this process and of those it comes from; on Windows a virtual environment's Python is two of them."""
+    pids = {os.getpid(), os.getppid()}
+    with contextlib.suppress(psutil.Error):
+        pids |= {process.pid for process in psutil.Process().parents()}
+    return pids
 
 
 @contextlib.contextmanager
@@ -172,7 +184,7 @@ def told(run_dir: Path, steps: int, launcher: int = 0) -> Iterator[Telling]:
     were starting holds; an older one is forgotten.
     """
     before, state = read_state(run_dir), _state_of("starting", steps, launcher=launcher)
-    if before is not None and before.pid in (os.getpid(), launcher):
+    if before is not None and before.pid in lineage():
         state = replace(state, began=before.began)
     else:
         clear_stop(run_dir)
@@ -195,8 +207,9 @@ def _reason(error: BaseException) -> str:
 
 
 def ask_to_stop(run_dir: Path) -> None:
-    """Ask the run in a folder to save and end."""
-    write_atomic(run_dir / STOP_FILE, f"{os.getpid()}\n")
+    """Ask the run in a folder to save and end; one whose folder is gone hears nothing."""
+    with contextlib.suppress(FileNotFoundError):
+        (run_dir / STOP_FILE).touch()
 
 
 def stop_asked(run_dir: Path) -> bool:

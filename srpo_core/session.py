@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +37,10 @@ class Session:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world, self.run_dir = config, world, Path(config.output.dir)
         self.display = Display(quiet=not world.is_main)
-        self.stop = StopSignals(lambda: self.display.say(STOPPING), functools.partial(stop_asked, work_folder(config)))
+        self.stop = StopSignals(lambda: self.display.say(STOPPING), self._stop_asked)
         self.loaded: Callable[[], None] = lambda: None
         """Says that everything is loaded and training begins."""
+        self._recorded = False
 
     def run(self, resume: bool, work: Callable[[], Outcome]) -> Outcome:
         """Do the run's work in output.dir, which no other process then takes.
@@ -58,6 +58,7 @@ class Session:
                     self.display.on_phase, self.loaded = telling.phase, telling.training
                 if self.world.is_main:
                     write_record(self.config, self.world.device)
+                    self._recorded = True
             with self.world.together():
                 outcome = work()
                 if outcome.finished and self.world.is_main:
@@ -65,6 +66,14 @@ class Session:
                 if telling is not None:
                     telling.outcome = "finished" if outcome.finished else "stopped"
             return outcome
+
+    @property
+    def removed(self) -> bool:
+        """Whether someone has removed the run's folder while it was at work. Nobody could ask such a run to stop."""
+        return self._recorded and not (self.run_dir / "run.json").is_file()
+
+    def _stop_asked(self) -> bool:
+        return self.removed or stop_asked(work_folder(self.config))
 
     def stopped_early(self) -> Outcome:
         """The outcome of a run that was stopped before this part of it trained a step, and a word about it."""

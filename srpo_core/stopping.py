@@ -57,7 +57,7 @@ class StopSignals:
 
     def _request(self) -> None:
         self.requested = True
-        with contextlib.suppress(RuntimeError):  # Python refuses to print in the middle of a print
+        with contextlib.suppress(RuntimeError, OSError):  # in the middle of a print, or to a terminal that has closed
             self._on_request()
 
     def check(self) -> None:

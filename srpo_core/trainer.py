@@ -215,7 +215,7 @@ class Trainer:
         state = {"best": self.best, "lora": self.lora, "metrics": self.metrics.line(), "trained_on": self.trained_on}
         state["processes"] = self.world.size
         with self.world.together(), self.display.during("saving"):
-            if self.world.is_main:
+            if self.world.is_main and not self.session.removed:
                 save(self.run_dir, self.metrics.step, self.learner.tensors(), state)
                 prune(self.run_dir, self.config.output.keep_checkpoints, self.best["step"] if self.best else None)
         self.saved_step = self.metrics.step
@@ -268,5 +268,7 @@ class Trainer:
             return self.session.stopped_early()
         if step > self.saved_step:
             self._save()
-        self.display.say(f"stopped after step {step}, which is saved in {self.run_dir}: --resume goes on from there")
+        saved = f"which is saved in {self.run_dir}: --resume goes on from there"
+        where = "but its folder was removed" if self.session.removed else saved
+        self.display.say(f"stopped after step {step}, {where}")
         return Outcome(step, False, self.run_dir)

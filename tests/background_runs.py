@@ -1,4 +1,4 @@
-"""Runs in processes of their own, for tests that start some: of a tiny model, so that most of a second is Python's."""
+"""Runs in processes of their own, for tests that start some: of the toy world, so that a second or two is Python's."""
 
 import os
 import socket
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_config
+from toy_run import SETTINGS
 
 from srpo_core import launch
 from srpo_core.run_state import log_tail, read_state
@@ -18,16 +19,22 @@ LIMIT = 120
 @pytest.fixture(autouse=True)
 def no_process_left(tmp_path, monkeypatch):
     """Whatever a test that fails has started ends with it."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the tiny model is
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the toy world is
     yield
-    for file in tmp_path.rglob("state.json"):
+    end_all(tmp_path)
+
+
+def end_all(folder):
+    """End the processes of the runs below a folder."""
+    for file in folder.rglob("state.json"):
         state = read_state(file.parent)
         if state is not None and state.pid != os.getpid() and state.host == socket.gethostname():
             launch.kill(state)
 
 
 def run(folder, steps, **more):
-    return tiny_config(folder, optim__steps=steps, output__preview_every=0, output__checkpoint_every=100, **more)
+    settings = {"optim__steps": steps, "output__preview_every": 0, "output__checkpoint_every": 100, **more}
+    return tiny_config(folder, **SETTINGS, **settings)
 
 
 def until(folder, condition):
@@ -36,6 +43,8 @@ def until(folder, condition):
         state = read_state(folder)
         if condition(state):
             return state
+        if state is not None and not state.active:
+            break
         time.sleep(0.05)
     pytest.fail(f"{read_state(folder)}\n" + "\n".join(log_tail(folder)))
 

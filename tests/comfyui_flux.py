@@ -1,16 +1,15 @@
-"""FLUX in the folders of a real server: toy models that train in seconds, and files of full size with holes for content."""
+"""FLUX in the folders of a real server: toys that train in seconds, and files of full size with holes for content."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from flux_weights import TOY, header_only, original_shapes, original_vae_shapes, random_tensors
+from flux_weights import DEV, header_only, original_shapes, original_vae_shapes, random_tensors
 from safetensors.torch import save_file
-from tiny_flux import _clip_tokenizer, _t5_tokenizer, randomise
-from torch import nn
+from test_flux_files import SIZES, WIDTHS, text_towers, under
+from tiny_flux import _clip_tokenizer, _t5_tokenizer
 
-CLIP_WIDTH, T5_WIDTH = 64, 24
 SETTINGS = {
     "data.height": 16, "data.width": 16, "model.dtype": "float32", "output.preview_steps": 1, "rollout.num_steps": 1,
     "optim.accumulation": 1, "lora.rank": 2,
@@ -23,17 +22,16 @@ def toy_files(base: Path) -> dict[str, str]:
 
     Gives the settings that its runs need.
     """
-    transformer = random_tensors(original_shapes(**TOY | {"text": T5_WIDTH, "pooled": CLIP_WIDTH}))
-    vae = random_tensors(original_vae_shapes((32, 32, 64)), 1)
+    transformer, vae = random_tensors(original_shapes(**SIZES)), random_tensors(original_vae_shapes(WIDTHS), 1)
     clip, t5 = _towers()
     _save(base / "models/diffusion_models/toy.safetensors", transformer)
     _save(base / "models/vae/toy-vae.safetensors", vae)
     _save(base / "models/text_encoders/toy-clip.safetensors", clip)
     _save(base / "models/text_encoders/t5xxl_toy.safetensors", t5)
-    named = {"model.diffusion_model.": transformer, "vae.": vae}
-    _save(base / "models/checkpoints/half.safetensors", _joined(named))
-    named |= {"text_encoders.clip_l.transformer.": clip, "text_encoders.t5xxl.transformer.": t5}
-    _save(base / "models/checkpoints/whole.safetensors", _joined(named))
+    half = under("model.diffusion_model.", transformer) | under("vae.", vae)
+    _save(base / "models/checkpoints/half.safetensors", half)
+    texts = under("text_encoders.clip_l.transformer.", clip) | under("text_encoders.t5xxl.transformer.", t5)
+    _save(base / "models/checkpoints/whole.safetensors", half | texts)
     tokenizers = base / "tokenizers"
     _clip_tokenizer(tokenizers / "tokenizer")
     _t5_tokenizer(tokenizers / "tokenizer_2")
@@ -41,26 +39,9 @@ def toy_files(base: Path) -> dict[str, str]:
 
 
 def _towers() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    clip = CLIPTextConfig(
-        vocab_size=514, hidden_size=CLIP_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
-        bos_token_id=512, eos_token_id=513, pad_token_id=513, projection_dim=CLIP_WIDTH,
-    )  # fmt: skip
-    t5 = T5Config(
-        vocab_size=32, d_model=T5_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-    )
-    found = (_tensors(randomise(CLIPTextModel(clip), 1, 0.5)), _tensors(randomise(T5EncoderModel(t5), 2, 0.5)))
-    text = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in found[0].items()}
-    return text, {name: tensor for name, tensor in found[1].items() if name != "encoder.embed_tokens.weight"}
-
-
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous().clone() for name, tensor in module.state_dict().items()}
-
-
-def _joined(parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor.clone() for prefix, tensors in parts.items() for name, tensor in tensors.items()}
+    clip, t5 = (under("", module.state_dict()) for module in text_towers())
+    clip = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in clip.items()}
+    return clip, {name: tensor for name, tensor in t5.items() if name != "encoder.embed_tokens.weight"}
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -71,8 +52,10 @@ def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def full_size_files(base: Path) -> None:
     """FLUX.1-dev and HPS v2.1 under their usual names in a server's models folder: headers, with holes for content."""
     from open_clip import get_model_config
-    from test_plan import DEV, new_open_clip, shapes_of
+    from test_plan import shapes_of
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    from srpo_core.rewards.clip_files import new_open_clip
 
     with torch.device("meta"):
         clip = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072,

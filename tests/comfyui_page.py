@@ -22,7 +22,7 @@ SETTINGS = {
     "Comfy.RightSidePanel.IsOpen": False, "Comfy.Workflow.ShowMissingModelsWarning": False,
 }  # fmt: skip
 """Of a user who has been here before: no dialogue opens by itself."""
-TRAINING_LIMIT = 60
+TRAINING_LIMIT = 300
 """Seconds until what a short run does can be seen."""
 START_LIMIT, RUN_LIMIT = 120_000, 300_000
 """Milliseconds for the page to be there, and for a graph to have run, on a busy machine."""
@@ -62,7 +62,7 @@ TRAINING = """(box) => {
   return {
     name: text("header strong"), status: text(".srpo-run .srpo-status"), left: text("header .left"), line: text(".now"),
     percent: Number(seen("[role=progressbar]")[0]?.ariaValueNow), error: text(".error"), said: text(".said"),
-    idle: text(".srpo-live > p"), log: text(".log"),
+    idle: text(".srpo-live > p"), refusal: text(".srpo-live > .error"), log: text(".log"),
     buttons: seen("footer .srpo-button").map((button) => button.textContent),
     plan: seen(".srpo-run tr").map((row) => [...row.cells].map((cell) => cell.textContent)),
     legends: seen(".legend").map((legend) => Object.fromEntries([...legend.querySelectorAll("span:has(b)")].map(
@@ -167,6 +167,7 @@ class ComfyPage:
               app.graph.clear();
               for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame); // elements of old nodes go
               app.canvas.ds.reset();
+              app.canvas.ds.scale = 0.6; // all of SRPO Train can be seen
               const node = LiteGraph.createNode(kind);
               node.pos = [500, 120];
               app.graph.add(node);

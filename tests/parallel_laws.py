@@ -25,7 +25,7 @@ from srpo_core.stopping import StopRequested
 from srpo_core.trainer import Trainer
 
 
-def raised(kind: type[BaseException], act: Callable[[], object]) -> BaseException:
+def raised(kind: type[BaseException] | tuple[type[BaseException], ...], act: Callable[[], object]) -> BaseException:
     try:
         act()
     except kind as error:
@@ -46,6 +46,10 @@ def exchanges(world: World) -> None:
     assert all(map(torch.equal, whole, images if world.is_main else world.share(images)))
 
 
+def full(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 def averages(world: World) -> None:
     """The mean over processes, whatever the buckets; the main process's tensor; a difference is named."""
     shapes = [(3,), (2, 2), (1, 5), (), (7,)]
@@ -55,6 +59,9 @@ def averages(world: World) -> None:
         with mock.patch.object(parallel, "BUCKET", size):
             world.average(mine)
         assert all(torch.equal(one, (a + b) / 2) for one, a, b in zip(mine, *every, strict=True))
+    with mock.patch.object(torch.Tensor, "new_empty", full if world.rank else torch.Tensor.new_empty):
+        told = raised((torch.OutOfMemoryError, OthersError), lambda: world.average([torch.ones(3)]))
+    assert "out of memory" in str(told)
     assert float(world.as_main(torch.tensor(float(world.rank + 5)))) == 5.0
     same, other = torch.ones(3), torch.full((3,), 1.0 + world.rank * 1e-7)
     world.check_same({"a": same}, "they")
@@ -137,10 +144,6 @@ def tells_what_would_fit(world: World, folder: Path) -> None:
     """One process that runs out of memory ends the step in both, with what to try."""
     trainer = trainer_of(folder / "memory", world)
     if world.rank == 1:
-
-        def full(*_: object) -> None:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
         trainer.flow.velocity = full
     error = raised(TrainingError, lambda: trainer._learn(1, Clock(lambda: None)))
     assert "out of memory" in str(error)

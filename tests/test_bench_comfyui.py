@@ -15,8 +15,11 @@ sys.path.append(str(ROOT / "scripts"))
 
 import bench_comfyui  # noqa: E402
 import bench_comfyui_run as run  # noqa: E402
+import bench_comfyui_training as training  # noqa: E402
 from bench_comfyui_files import named  # noqa: E402
-from bench_comfyui_memory import Watch, process_memory, process_seconds  # noqa: E402
+from bench_comfyui_memory import DeviceMemory, Watch, process_memory, process_seconds  # noqa: E402
+
+from srpo_core.run_state import RunState  # noqa: E402
 
 GRAPH = {
     "1": {"class_type": "RandomNoise", "inputs": {"noise_seed": 42}},
@@ -100,3 +103,32 @@ def test_names_get_the_prefix_that_comfyui_knows_once():
     module = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "text_model": torch.nn.Linear(2, 2)})
     names = [name for name, tensor in named(module, "text_model.", torch.float16, meta=True)]
     assert names == ["text_model.a.weight", "text_model.a.bias", "text_model.weight", "text_model.bias"]
+
+
+def test_a_trainings_phases_have_their_first_moment_and_their_highest_memory():
+    seen, own = training.Seen(), {"pid": 0, "created": 0.0, "host": "elsewhere"}
+    loading = RunState("starting", **own, phase="loading the models")
+    steps = [RunState("training", **own, phase="training", step=step) for step in (0, 0, 1, 2, 3, 4)]
+    gibs = [9.0, 3.0, 4.0, 6.0, 5.0, 2.0, 1.0, 1.0]
+    for second, (state, gib) in enumerate(zip([None, loading, *steps], gibs, strict=True)):
+        seen.note(state, float(second), {"training": gib} if state else {})
+    seen.note(RunState("finished", **own), 9.0, {})
+    assert seen.began == {
+        "before the run": 0.0, "loading the models": 1.0, "step 1": 2.0, "step 2": 4.0, "step 3": 5.0,
+        "finished, its process is no longer there": 9.0,
+    }  # fmt: skip
+    assert seen.memory == {"loading the models": {"training": 3.0}, "step": {"training": 6.0}}
+
+
+def test_a_training_keeps_its_graphs_settings_below_those_of_the_benchmark():
+    given = {"name": "my-look", "recipe": "auto", "more_settings": "optim.lr=1"}
+    graph = {"9": {"class_type": "SRPOTrain", "inputs": given}, **GRAPH}
+    found = training._named(graph, "bench", {"recipe": "miniature"}, {"optim.lr": 2})
+    assert found["9"]["inputs"] == {"name": "bench", "recipe": "miniature", "more_settings": "optim.lr=1\noptim.lr=2"}
+    assert given["name"] == "my-look" and found["2"] == GRAPH["2"]
+
+
+def test_memory_is_that_of_the_gpu_which_programs_see(monkeypatch):
+    for visible, index in (("1,0", 1), ("GPU-1234", 0), ("", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert DeviceMemory().index == index

@@ -35,15 +35,15 @@ GIB = 2**30
 
 
 class FullSize(Components):
-    """FLUX.1-dev's shapes on meta."""
+    """FLUX.1-dev's shapes on meta, with all of its blocks or fewer."""
 
-    def __init__(self) -> None:
+    def __init__(self, double: int = 19, single: int = 38) -> None:
         from diffusers import AutoencoderKL, FluxTransformer2DModel
         from transformers import T5Config, T5EncoderModel
 
         self.prompts = {}
         with empty_parameters():
-            self.transformer = FluxTransformer2DModel(guidance_embeds=True)
+            self.transformer = FluxTransformer2DModel(num_layers=double, num_single_layers=single, guidance_embeds=True)
             self.vae = AutoencoderKL(
                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, use_quant_conv=False,
                 use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * 4,
@@ -92,11 +92,41 @@ def test_what_runs_measured_is_what_is_predicted(shapes):
     assert encoding / GIB == pytest.approx(measured["srpo encode, T5 in bfloat16"], rel=0.03)
 
 
+def test_rows_of_the_bench_are_predicted(shapes):
+    """Two steps of many kinds of runs on an H100: within 2 % in all phases, 4 % with what the allocator keeps."""
+    rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
+    short = shapes_of(RunConfig(reward={"name": "hpsv2"}), FullSize(3, 4))
+    names = {"rollout": "rollout", "gradient": "gradient step", "previews": "previews"}
+    assert len(rows) >= 12
+    for name, row in rows.items():
+        overrides = [word for word in row["settings"] if not word.startswith("model.family=")]
+        config = preset("flux-dev-lora", "optim.accumulation=1", *overrides)
+        guess = estimate(config, short if "3 + 4 blocks" in name else shapes)
+        for phase, ours in names.items():
+            assert guess.phases[ours] / GIB == pytest.approx(row["measured_gib"][phase], rel=0.02), (name, phase)
+        assert guess.peak / GIB == pytest.approx(row["measured_peak_gib"], rel=0.02), name
+        assert row["predicted_peak_gib"] == round(guess.peak / GIB, 3), f"{name}: the file tells of other predictions"
+        assert guess.on_card / GIB == pytest.approx(row["reserved_gib"] + row["outside_the_allocator_gib"], rel=0.04)
+
+
+def test_the_pace_of_the_bench_is_predicted(shapes, full_size):
+    """Seconds of a step on an H100, by arithmetic, against those measured: within a quarter."""
+    rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
+    for name in ("LoRA 32 all, 720", "24 GB preset, 1024", "not recomputed, LoRA 32 all, 512"):
+        row = rows[name]
+        config = preset("flux-dev-lora", "optim.accumulation=1", "rollout.num_steps=6", *row["settings"])
+        work = count_work(config, full_size)
+        footprint = footprint_of(config, shapes.flow)
+        pace = expected_pace(config, footprint, work, row["matmul_tflops"] * 1e12, "cuda")
+        measured = sum(row["seconds"][phase] for phase in ("rollout", "gradient", "optimizer"))
+        assert pace.step == pytest.approx(measured, rel=0.25), name
+
+
 def test_weights_are_counted_by_hand(shapes):
-    """No activations: those of the rollout of the smallest picture are left in, and are small."""
+    """All but activations, which are small for the smallest picture, copies in bfloat16 and workspace."""
     config = preset("flux-dev-lora", "optim.accumulation=1", "data.height=16", "data.width=16")
     by_hand = 2 * 11_901_408_320 + 12 * 130_744_320 + 2 * 83_819_683 + 4 * 986_109_441
-    assert 0 < estimate(config, shapes).phases["rollout"] - by_hand < 0.4 * GIB
+    assert 0 < estimate(config, shapes).phases["rollout"] - by_hand < 0.5 * GIB
     eight_bit = with_changes(config, {"model.frozen_memory": "8bit"})
     saved = estimate(config, shapes).phases["previews"] - estimate(eight_bit, shapes).phases["previews"]
     assert saved == pytest.approx(11.8e9, rel=0.06)  # a byte for each number of a matrix, less one that is expanded
@@ -199,7 +229,7 @@ def test_counting_leaves_a_loaded_model_as_it_is():
 def test_a_step_is_the_sum_of_its_passes(tmp_path):
     config = tiny_config(tmp_path, lora__rank=2, optim__accumulation=3, align__branches=["denoise"])
     footprint = replace(footprint_of(config, load(config.model, "cpu").flow), layers=0)
-    work, rate = Work(forward=1000.0, decode=0.0), 1000.0
+    work, rate = Work(forward=1000.0, decode=0.0, blocks=7), 1000.0
     pace = expected_pace(config, footprint, work, rate, "cpu")
     one = expected_pace(with_changes(config, {"optim.accumulation": 1}), footprint, work, rate, "cpu")
     forwards = (config.rollout.num_steps + 2) * config.data.batch_size  # the gradient's pass counts twice

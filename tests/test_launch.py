@@ -1,13 +1,14 @@
-"""Runs in processes of their own: real ones, of a tiny model, and of the miniature by the commands."""
+"""Runs in processes of their own: real ones, of the toy world, and of the miniature by the commands."""
 
 import json
 import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
-from background_runs import LIMIT, ended, no_process_left, run, until  # noqa: F401
+from background_runs import LIMIT, end_all, ended, no_process_left, run, until  # noqa: F401
 
 from srpo_core import cli, launch
 from srpo_core.assemble import train_run
@@ -23,35 +24,51 @@ QUICK = [
 ]  # fmt: skip
 
 
-def test_a_run_to_its_end(tmp_path):
-    pid = launch.start(run(tmp_path / "run", 2))
-    first = read_state(tmp_path / "run")
-    assert first.pid == pid
-    assert first.active
-    assert first.began <= time.time()
-    phases = []
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to its end, with secrets in its environment: (its folder, states as they came, the pid of its start)."""
+    folder, states = tmp_path_factory.mktemp("finished") / "a run; $(touch x) 'quoted'", []
 
     def watched(state):
-        phases.append(state.phase)
+        states.append(state)
         return ended(state)
 
-    last = until(tmp_path / "run", watched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("HF_TOKEN", "hf_SECRET")
+        pid = launch.start(run(folder, 2), environment={"OTHER_KEY": "sk_SECRET"})
+    try:
+        watched(read_state(folder))
+        until(folder, watched)
+        yield folder, states, pid
+    finally:
+        end_all(folder)
+
+
+def test_a_run_to_its_end(finished):
+    folder, states, pid = finished
+    first, last = states[0], states[-1]
+    assert first.pid == pid
+    assert first.active
     assert (last.status, last.step, last.steps, last.pid) == ("finished", 2, 2, pid)
     assert (last.phase, last.phase_total) == ("", 0)
     assert first.began <= last.began < last.ended <= time.time()
-    assert {"encoding prompts", "loading the models", "training"} & set(phases)
-    assert "finished after step 2" in "\n".join(log_tail(tmp_path / "run"))
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["optim"]["steps"] == 2
-    assert (tmp_path / "run" / "scripts" / "train.sh").is_file()
+    assert {"encoding prompts", "loading the models", "training"} & {state.phase for state in states}
+    assert "finished after step 2" in "\n".join(log_tail(folder))
+    assert json.loads((folder / "run.json").read_text())["optim"]["steps"] == 2
+    assert (folder / "scripts" / "train.sh").is_file()
 
 
-def test_another_run_on_the_cpu_is_refused_and_named(tmp_path):
-    launch.start(run(tmp_path / "one", 9999))
-    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "one"))):
-        launch.start(run(tmp_path / "two", 2))
-    assert not (tmp_path / "two").exists()
-    launch.stop(tmp_path / "one", patience=LIMIT)
-    launch.check(run(tmp_path / "two", 2))
+def test_words_of_the_command_reach_it_as_they_are(finished):
+    folder, states, _ = finished
+    assert states[-1].status == "finished"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not Path("x").exists()
+
+
+def test_no_secret_is_written(finished):
+    for path in finished[0].rglob("*"):
+        assert path.is_dir() or b"_SECRET" not in path.read_bytes(), path
 
 
 def test_gone_on_with_by_its_folder_where_that_was_moved_to(tmp_path):
@@ -59,9 +76,7 @@ def test_gone_on_with_by_its_folder_where_that_was_moved_to(tmp_path):
     folder, moved = tmp_path / "run", tmp_path / "elsewhere" / "moved"
     folder.mkdir()
     (folder / "prompts.txt").write_text("a large red circle on a blue background\n")
-    launch.start(run(folder, 1, data__prompts=f"{folder}/prompts.txt"))
-    assert until(folder, ended).status == "finished"
-    launch.check_idle(run(folder, 1))  # waits until its process is gone
+    train_run(run(folder, 1, data__prompts=f"{folder}/prompts.txt"))
     moved.parent.mkdir()
     folder.rename(moved)
     with pytest.raises(ConfigError, match="finished at step 1; give more steps"):
@@ -99,15 +114,20 @@ def test_a_description_that_changes_behind_its_back_is_not_trained(tmp_path):
 
 
 def test_stopped_between_steps_and_resumed(tmp_path):
+    """While it is at work nobody else trains there, or on the CPU."""
     folder = tmp_path / "run"
     launch.start(run(folder, 9999))
     until(folder, lambda state: state.step >= 1)
     with pytest.raises(ConfigError, match="at work on this run"):
         launch.start(run(folder, 9999), resume=True)
+    with pytest.raises(ConfigError, match=re.escape(str(folder))):
+        launch.start(run(tmp_path / "other", 2))
+    assert not (tmp_path / "other").exists()
     state = launch.stop(folder, patience=LIMIT)
     assert state.status == "stopped"
     assert list_checkpoints(folder)[-1].name == f"step-{state.step:06d}"
     assert not is_alive(state)
+    launch.check(run(tmp_path / "other", 2))
     launch.start(run(folder, state.step + 1), resume=True)
     last = until(folder, ended)
     assert (last.status, last.step) == ("finished", state.step + 1)
@@ -148,13 +168,6 @@ def test_one_that_does_not_heed_is_ended(tmp_path):
     assert launch.stop(folder, patience=0.3).status == "killed"
 
 
-def test_words_of_the_command_reach_it_as_they_are(tmp_path):
-    odd = tmp_path / "a run; $(touch x) 'quoted'"
-    launch.start(run(odd, 1))
-    assert until(odd, ended).status == "finished"
-    assert not (tmp_path / "x").exists()
-
-
 def test_the_commands(tmp_path, capsys):
     folder = tmp_path / "run"
     words = ["train", "miniature", *QUICK, "optim.steps=500", f"output.dir={folder}"]
@@ -185,7 +198,7 @@ def test_one_process_is_started_plainly_and_several_by_torchrun():
     assert words(**several, rendezvous="[fd00::5]:29500") == [
         *torchrun, "--nnodes=2", "--node-rank=1", "--nproc-per-node=4", "--master-addr=fd00::5", "--master-port=29500",
     ]  # fmt: skip
-    for rendezvous in ("", "host", "host:", ":29500"):
+    for rendezvous in ("", "host", "host:", ":29500", "host:99999", "$(x):29500", "a b:29500"):
         with pytest.raises(ConfigError, match="write host:port"):
             words(**several, rendezvous=rendezvous)
     with pytest.raises(ConfigError, match=r"node_rank=2: of parallel.nodes=2 machines the last one is 1"):
@@ -202,9 +215,9 @@ def test_what_comfyui_set_for_itself_is_left_out(monkeypatch):
     assert (environment["HF_TOKEN"], environment["CUDA_VISIBLE_DEVICES"]) == ("secret", "1")
 
 
-def test_no_secret_is_written(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_SECRET")
-    launch.start(run(tmp_path / "run", 1), environment={"OTHER_KEY": "sk_SECRET"})
-    assert until(tmp_path / "run", ended).status == "finished"
-    for path in (tmp_path / "run").rglob("*"):
-        assert path.is_dir() or b"_SECRET" not in path.read_bytes(), path
+def test_scripts_lie_where_the_run_is(tmp_path):
+    """A further machine's part has none: they would take its folder for the run's."""
+    several = {"device": "cpu", "nodes": 2, "node_rank": 1, "rendezvous": "localhost:29500"}
+    launch._prepare(run(tmp_path, 2, parallel=several), resume=False)
+    assert (tmp_path / "node-1" / "run.json").is_file()
+    assert not list(tmp_path.rglob("*.sh"))

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from background_runs import LIMIT, no_process_left, until  # noqa: F401
 from tiny import tiny_config
 
 from srpo_core import launch
@@ -22,13 +20,11 @@ from srpo_core.config import RunConfig
 from srpo_core.evaluate import read_evaluation
 from srpo_core.learner import Learner
 from srpo_core.metrics import Clock, over_processes, read_metrics
-from srpo_core.run_state import RunState, is_alive, log_tail, read_state
+from srpo_core.run_state import is_alive, read_state
 
 TESTS = Path(__file__).parent
 PATH = os.pathsep.join([str(TESTS), str(TESTS.parent)])
 ENVIRONMENT = {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
-LIMIT = 180
-"""Seconds in which a short run on a busy machine is done."""
 ONE_BRANCH = {
     "align__branches": ["denoise"], "rollout__same_noise": False, "optim__ema_decay": 0.9, "optim__steps": 4,
     "output__evaluate_prompts": 3, "output__keep_checkpoints": 9,
@@ -36,30 +32,15 @@ ONE_BRANCH = {
 """With one branch a micro-batch is one backward pass: sums of two have one order, and so the same last digits."""
 
 
-@pytest.fixture(autouse=True)
-def no_process_left(tmp_path):
-    """Whatever a test that fails has started ends with it."""
-    yield
-    for file in tmp_path.rglob("state.json"):
-        state = read_state(file.parent)
-        if state is not None and state.pid != os.getpid():
-            launch.kill(state)
-
-
-def until(folder: Path, condition) -> RunState:
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        state = read_state(folder)
-        if state is not None and condition(state):
-            return state
-        time.sleep(0.05)
-    pytest.fail(f"{read_state(folder)}\n" + "\n".join(log_tail(folder, 40)))
-
-
-def train(config: RunConfig, resume: bool = False) -> RunState:
-    """Train in processes of its own, to the end."""
-    launch.start(config, resume, ENVIRONMENT)
-    return until(Path(config.output.dir), lambda state: not state.active)
+def train(config: RunConfig, description: Path) -> str:
+    """Train as typed, in the foreground and to the end; all that is said."""
+    description.write_text(config.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, str(launch.MAIN), "train", str(description)],
+        env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -92,8 +73,9 @@ def test_what_processes_can_rely_on(tmp_path):
 def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path):
     """Weights, averages, optimizer, pictures and scores, bit for bit; and each goes on where the other stood."""
     two, one = tmp_path / "two", tmp_path / "one"
-    state = train(tiny_config(two, parallel__processes=2, **ONE_BRANCH))
-    assert (state.status, state.step) == ("finished", 4), state.error
+    told = train(tiny_config(two, parallel__processes=2, **ONE_BRANCH), tmp_path / "two.json")
+    state = read_state(two)
+    assert (state.status, state.step) == ("finished", 4)
     assemble(tiny_config(one, optim__accumulation=2, **ONE_BRANCH)).train()
     for step in (2, 4):
         assert same_tensors(checkpoint_folder(two, step), checkpoint_folder(one, step))
@@ -107,8 +89,8 @@ def test_two_processes_are_one_with_twice_the_micro_batches(tmp_path):
         assert ours.get("source") == theirs.get("source")
         for name in ("loss", "sigma", "grad_norm", "velocity_drift") if ours["step"] else ():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
-    told = (two / launch.LOG_FILE).read_text()
-    assert told.count("finished after step 4") == told.count("preview at step 4") == 1
+    assert told.count("finished after step 4") == told.count("preview at step 4") == told.count("Done: ") == 1
+    assert (two / "report.html").is_file()
     assert "ChildFailedError" not in told
 
     longer = tiny_config(two, **ONE_BRANCH | {"optim__steps": 6})  # one process goes on with what two began
@@ -140,24 +122,6 @@ def test_stopped_by_a_file_and_gone_on_with_by_more_processes(tmp_path):
         learner.step(step, Clock(lambda: None))
     reached = read_tensors(checkpoint_folder(folder, 4), "weights")
     assert all(torch.equal(reached[name], p.detach()) for name, p in learner.trained.items())
-
-
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_process_that_dies_ends_the_run_with_a_reason(tmp_path):
-    folder = tmp_path / "run"
-    launch.start(
-        tiny_config(folder, parallel__processes=2, optim__steps=100_000, output__preview_every=0), False, ENVIRONMENT
-    )
-    state = until(folder, lambda state: state.step >= 2)
-    ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(state.launcher).children()}
-    assert ranks[0].pid == state.pid
-    ranks[1].send_signal(signal.SIGKILL)
-    last = until(folder, lambda state: not state.active)
-    assert last.status == "failed"
-    assert "another process of this run is gone" in last.error
-    assert f"the last good checkpoint is {latest(folder)}" in last.error
-    psutil.wait_procs(ranks.values(), timeout=60)
-    assert not any(child.is_running() for child in ranks.values())
 
 
 def test_measurements_are_put_together():

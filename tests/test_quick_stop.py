@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,15 @@ def test_a_request_in_the_folder_is_heeded_during_a_step(tmp_path):
     assert trainer.train().step == 0
     assert len(calls) < 4096 * 5
     assert not (tmp_path / "stop").exists()
+
+
+def test_a_run_whose_folder_is_removed_ends(tmp_path):
+    """Nobody could ask it to stop any more, and it doesn't bring its folder's weights back."""
+    trainer = assemble(tiny_config(tmp_path / "run", **SETTINGS | {"optim__steps": 10_000}))
+    at, _ = CALLS["a branch"]
+    watch(trainer, at, lambda: shutil.rmtree(tmp_path / "run"))
+    assert not trainer.train().finished
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_stop_is_no_error_that_others_could_swallow():

@@ -12,14 +12,14 @@ from srpo_core import result
 from srpo_core.assemble import train_run
 from srpo_core.config import ConfigError
 from srpo_core.export import export_run
+from srpo_core.run_folder import load_folder
 
 
 def config_of(tmp_path, steps=2, name="look.safetensors", **settings):
-    settings = {"lora": {"rank": 2}, **settings}
+    settings = {"lora": {"rank": 2}, "output__result": str(tmp_path / "loras" / name), **settings}
     return tiny_config(
-        tmp_path / "run", optim__steps=steps, output__result=str(tmp_path / "loras" / name), output__preview_every=0,
-        output__keep_checkpoints=9, **settings,
-    )  # fmt: skip
+        tmp_path / "run", optim__steps=steps, output__preview_every=0, output__keep_checkpoints=9, **settings
+    )
 
 
 def same(path, other):
@@ -136,6 +136,16 @@ def test_the_newest_checkpoint_is_saved_on_demand(tmp_path):
         key: value for key, value in record.items() if key != "files"
     }
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_file_in_the_run_s_folder_moves_with_it(tmp_path):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    train_run(config_of(tmp_path, output__result=str(folder / "look.safetensors")))
+    folder.rename(moved)
+    assert result.read(moved)["path"] == str(moved / "look.safetensors")
+    assert result.save_now(moved) == moved / "look.safetensors"
+    config = load_folder(moved, ["optim.steps=4"])
+    assert result.check(config) == moved / "look-000004.safetensors"
 
 
 def test_saving_may_be_refused(tmp_path):

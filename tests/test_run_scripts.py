@@ -66,8 +66,20 @@ def test_the_numbers_reach_torchrun(tmp_path):
 
 
 def test_named_gpus(tmp_path):
-    _, (train, *_) = run(tmp_path, parallel={"gpus": "2, 3", "processes": 2})
-    assert 'CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-2,3}" CUDA_DEVICE_ORDER=PCI_BUS_ID' in train.read_text()
+    _, scripts = run(tmp_path, parallel={"gpus": "2, 3", "processes": 2})
+    for script in scripts[:2]:
+        script.write_text(script.read_text().replace("exec ", "echo $CUDA_VISIBLE_DEVICES $CUDA_DEVICE_ORDER; exec "))
+        assert said(script).startswith("2,3 PCI_BUS_ID\n")
+        assert said(script, CUDA_VISIBLE_DEVICES="5").startswith("5 PCI_BUS_ID\n")
+
+
+def test_settings_are_words_and_no_commands(tmp_path):
+    """Whoever shares a graph or a description has nothing run by it."""
+    trap = f"$(touch {tmp_path}/trap)`touch {tmp_path}/trap`\"; touch {tmp_path}/trap; '"
+    _, (train, hosts, _) = run(tmp_path, parallel={"gpus": trap, "rendezvous": f"{trap}:{trap}"})
+    said(train, NPROC_PER_NODE="2")
+    assert "--master-port=" in said(hosts)
+    assert not (tmp_path / "trap").exists()
 
 
 def test_slurm_gives_each_machine_its_number(tmp_path):

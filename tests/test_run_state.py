@@ -8,7 +8,16 @@ import pytest
 
 from srpo_core import cli, launch
 from srpo_core.config import ConfigError, RunConfig
-from srpo_core.run_state import describe, read_state, recent_metrics, seconds_left, told, write_state
+from srpo_core.run_state import (
+    ask_to_stop,
+    describe,
+    read_state,
+    recent_metrics,
+    seconds_left,
+    stop_asked,
+    told,
+    write_state,
+)
 
 
 def test_a_reused_pid_is_not_the_run(tmp_path):
@@ -20,6 +29,45 @@ def test_a_reused_pid_is_not_the_run(tmp_path):
     assert read_state(tmp_path).status == "killed"
     (tmp_path / "state.json").write_text("{")
     assert read_state(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": "x"}, {"pid": None}, {"pid": 1.5}, {"created": "x"}, {"created": None}, {"error": 5}, {"host": 3},
+        {"launcher": "x"}, {"status": "odd"}, {"phase_total": "x"}, {"steps": []},
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_something_else_is_no_word(tmp_path, change):
+    write_state(tmp_path, "training", 10)
+    record = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps(record | {"later": 1}))
+    assert read_state(tmp_path).status == "training"
+    (tmp_path / "state.json").write_text(json.dumps(record | change))
+    assert read_state(tmp_path) is None
+
+
+@pytest.mark.parametrize("change", [{"pid": -1}, {"pid": 2**70}, {"pid": 0, "launcher": -5}])
+def test_a_number_that_is_no_process(tmp_path, change):
+    write_state(tmp_path, "training", 10)
+    record = json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "state.json").write_text(json.dumps(record | change))
+    assert read_state(tmp_path).status == "killed"
+    launch.kill(read_state(tmp_path))
+
+
+def test_a_request_while_it_starts_holds(tmp_path):
+    """By a process that it comes from, be it the next above or torchrun further up; an older one is forgotten."""
+    write_state(tmp_path, "starting", 10, os.getppid())
+    ask_to_stop(tmp_path)
+    with told(tmp_path, 10):
+        assert stop_asked(tmp_path)
+    ask_to_stop(tmp_path)
+    (tmp_path / "state.json").unlink()
+    with told(tmp_path, 10):
+        assert not stop_asked(tmp_path)
+    ask_to_stop(tmp_path / "removed")
+    assert not (tmp_path / "removed").exists()
 
 
 def test_a_process_of_another_machine_is_let_be(tmp_path):
@@ -79,6 +127,12 @@ def test_the_reason_of_a_failure_is_told(tmp_path, capsys):
     write_state(tmp_path, "failed", 10, error="the disk\nis full")
     assert cli.main(["status", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}: failed, step 0 of 10\n  the disk\n  is full\n"
+
+
+def test_a_reason_that_is_no_text(tmp_path):
+    with pytest.raises(OSError), told(tmp_path, 10):
+        raise OSError("no file \udcff.png")
+    assert (read_state(tmp_path).status, read_state(tmp_path).error) == ("failed", "no file ?.png")
 
 
 def test_a_state_that_names_another_process_ends_none(tmp_path):

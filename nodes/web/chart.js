@@ -172,7 +172,7 @@ export class Chart {
 
   axes(width, height) {
     const [low, high] = this.span;
-    const marks = ticks(low, high, Math.max(2, height / 36));
+    const marks = ticks(low, high, Math.max(2, height / 26));
     const unit = (marks[1] ?? high) - marks[0];
     const decimals = Math.min(6, Math.max(0, -Math.floor(Math.log10(unit) + 1e-9)));
     const drawn = marks.flatMap((value) => {

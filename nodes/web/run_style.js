@@ -22,7 +22,7 @@ export const STYLE = `
 .srpo-bar { height: 6px; border-radius: 3px; overflow: hidden; flex: none; background: color-mix(in srgb, var(--descrip-text) 25%, transparent); }
 .srpo-bar i { display: block; height: 100%; border-radius: 3px; background: var(--srpo-tone, var(--descrip-text)); transition: width .4s; }
 .srpo-run .now { color: var(--descrip-text); font-variant-numeric: tabular-nums; }
-.srpo-run .error { border-left: 3px solid var(--srpo-red); padding: 4px 8px; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 160px; overflow: auto; flex: none;
+.srpo-run .error, .srpo-live > .error { border-left: 3px solid var(--srpo-red); padding: 4px 8px; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 160px; overflow: auto; flex: none;
   background: color-mix(in srgb, var(--srpo-red) 12%, transparent); border-radius: 0 4px 4px 0; }
 .srpo-run .charts { display: flex; flex-wrap: wrap; gap: 8px 16px; flex: 1 0 auto; }
 .srpo-run > * { flex: none; }

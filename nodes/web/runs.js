@@ -113,7 +113,7 @@ class Panel {
     const working = runs.filter(active).length;
     this.count.textContent = runs.length ? `${runs.length}${working ? `, ${working} at work` : ""}` : "";
     this.search.hidden = runs.length < MANY && !this.search.value;
-    this.templates.hidden = !all.known || runs.length > 0;
+    this.templates.hidden = !all.known || Boolean(all.error) || runs.length > 0;
     const wanted = this.search.value.trim().toLowerCase();
     const found = runs.filter((run) => run.name.toLowerCase().includes(wanted));
     if (all.error) this.said.textContent = `No answer from ComfyUI: ${all.error}`;

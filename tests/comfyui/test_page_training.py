@@ -23,6 +23,7 @@ from srpo_core.run_state import read_state, write_state
 pytestmark = [needs_comfyui, pytest.mark.skipif(bool(missing()), reason=f"no page: {missing()}")]
 
 STATUS = "SRPOTrainingStatus"
+MARKUP = "<img src=x onerror='window.broken = true'> & <b>bold</b>"
 PANEL = "Workspace.ToggleSidebarTab.srpo-runs"
 QUICK = [
     "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=2", "output.preview_steps=2",
@@ -91,6 +92,14 @@ def working(runs):
         write_state(folder, "training", 40, process.pid)
         yield folder
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def failed(runs):
+    """A run that failed at step 4 of 40, for a reason that looks like a page's source."""
+    folder = made(runs / "page-failed", 4, of=40)
+    write_state(folder, "failed", 40, error=MARKUP)
+    return folder
 
 
 def show(page, kind=STATUS, **values):
@@ -171,12 +180,9 @@ def test_a_tab_shows_other_curves(clean, finished):
     assert list(clean.training(box)["legends"][0]) == ["loss"]
 
 
-def test_why_a_run_failed_is_no_markup(clean, runs):
-    text = "<img src=x onerror='window.broken = true'> & <b>bold</b>"
-    folder = made(runs / "page-failed", 4, of=40)
-    write_state(folder, "failed", 40, error=text)
-    shown = clean.until_training(show(clean, run=folder.name), lambda shown: shown["error"])
-    assert (shown["error"], shown["status"]) == (text, "Failed")
+def test_why_a_run_failed_is_no_markup(clean, failed):
+    shown = clean.until_training(show(clean, run=failed.name), lambda shown: shown["error"])
+    assert (shown["error"], shown["status"]) == (MARKUP, "Failed")
     assert "Resume" in shown["buttons"]
     assert clean.page.evaluate("window.broken") is None
 
@@ -338,6 +344,22 @@ def test_a_plan_that_is_only_checked(clean):
     rows = clean.page.wait_for_function("(box) => box.querySelector('.srpo-table tbody')?.innerText", arg=box)
     assert "memory" in rows.json_value()
     assert clean.training(box)["name"] == ""
+
+
+def test_a_refusal_stands_in_the_node(clean):
+    """Until the node runs again, and then no more."""
+    node = quick_train(clean, "page-refused", mode="check only", more_settings="optim.nonsense=1")
+    box = clean.live_box(node)
+    end = clean.run()
+    assert end["type"] == "execution_error"
+    shown = clean.until_training(box, lambda shown: shown["refusal"])
+    assert "optim.nonsense" in shown["refusal"]
+    assert shown["idle"] == ""
+    clean.page.evaluate(
+        "(id) => app.graph.getNodeById(id).widgets.find((one) => one.name === 'more_settings').value = ''", node
+    )
+    assert clean.run()["type"] == "execution_success"
+    clean.until_training(box, lambda shown: shown["refusal"] == "")
 
 
 CHART = f"await import('/extensions/{NAME}/chart.js')"

@@ -99,4 +99,3 @@ def test_a_link_is_not_followed(place, base, tmp_path):
     (base / "output" / "srpo").mkdir(parents=True)
     (base / "output" / "srpo" / "link").symlink_to(tmp_path, target_is_directory=True)
     assert "is a link" in place("link")
-

@@ -32,6 +32,7 @@ WIDGETS = [
 ]  # fmt: skip
 SOCKETS = ["reward", "prompts", "words", "rollout", "align", "optimizer", "lora"]
 ADVANCED = ["processes", "gpus", "share_gpu", "nodes", "node_rank", "rendezvous", "more_settings"]
+CAPTION = "a purple ring above a purple ball in a meadow"
 OUTPUTS = {"lora": "LORA_MODEL", "loss": "LOSS_MAP", "before": "IMAGE", "after": "IMAGE", "path": "STRING"}
 
 
@@ -101,7 +102,7 @@ def test_settings_land_in_the_description_of_the_run(server):
         ),
         "lora": node("SRPOLoRA", rank=3, alpha=0.0, targets="attention", start="none"),
         "prompts": node(
-            "SRPOPrompts", source="text", text="a red ball\na blue star", path="", preview_text="a green ring",
+            "SRPOPrompts", source="text", text="a red ball\na blue star", path="", preview_text=CAPTION,
             photo_share=1.0, bucket_step=0, prompt_column="",
         ),
         "reward": REWARD,
@@ -122,7 +123,7 @@ def test_settings_land_in_the_description_of_the_run(server):
     prompts = Path(config["data"]["prompts"])
     assert prompts.parent == folder and prompts.read_text(encoding="utf-8") == "a red ball\na blue star"
     told = json.loads((folder / "previews" / "step-000002.json").read_text(encoding="utf-8"))
-    assert told["prompts"] == ["a green ring"]
+    assert told["prompts"] == [CAPTION]
     assert texts(result, "path") == [str(lora_file(server, "described"))]
     assert all(len(row) == 2 for row in json.loads((folder / "plan.json").read_text(encoding="utf-8")))
     other = {**given, "prompts": {**given["prompts"], "inputs": {**given["prompts"]["inputs"], "text": "a white box"}}}

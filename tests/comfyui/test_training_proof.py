@@ -43,7 +43,14 @@ from graphs.prompt import prompt_of
 
 pytestmark = needs_comfyui
 
-BOLD = "data.batch_size=4\noptim.lr=6e-4\noptim.warmup_steps=2\noptim.schedule=constant\noutput.preview_steps=12"
+BOLD = """
+data.batch_size=4
+optim.lr=6e-4
+optim.warmup_steps=2
+optim.schedule=constant
+output.preview_steps=12
+output.evaluate_prompts=0
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +75,7 @@ def test_the_whole_graph_trains_and_uses_what_it_learned(server):
     prompt = prompt_of(workflow, schemas.load())
     (trainer,) = (id for id, one in prompt.items() if one["class_type"] == "SRPOTrain")
     (compare,) = (id for id, one in prompt.items() if one["class_type"] == "SRPOCompare")
-    prompt[trainer]["inputs"].update(name="learns", steps=20, preview_every=10, more_settings=BOLD)
+    prompt[trainer]["inputs"].update(name="learns", steps=18, preview_every=9, more_settings=BOLD)
     prompt |= {f"side {i}": node("PreviewImage", images=[trainer, i]) for i in (2, 3)}
     result = ran(server, prompt)
     before, after = (looks(server, result, f"side {i}") for i in (2, 3))
@@ -97,7 +104,7 @@ MOMENTS = ("", "loading", "encoding", "training", "preview", "saving", "training
 
 def test_ten_cancels_cost_nothing(server):
     """Cancelled at random moments, a run goes on each time; its result is that of a run left alone."""
-    rng, folder, last = random.Random(5), runs(server) / "cancelled", 24
+    rng, folder, last = random.Random(5), runs(server) / "cancelled", 32
     given = graph("cancelled", steps=last, checkpoint_every=3)
     before = 0
     for phase in MOMENTS:
@@ -106,7 +113,7 @@ def test_ten_cancels_cost_nothing(server):
         def moment(phase=phase, pid=pid):
             until(lambda: state(folder).get("pid", pid) != pid, "a new process")
             at_work(folder, phase)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.25))
 
         result, seconds = cancelled(server, given, moment)
         assert result.of("execution_interrupted"), (phase, result.error)
@@ -136,6 +143,35 @@ def test_a_killed_trainer_is_told_and_its_run_goes_on(server):
     ran(server, given)
     assert steps(folder) == list(range(13))
     assert lora_file(server, "killed").is_file()
+
+
+def test_several_processes_end_together(server):
+    """One process of two is killed: both end, which the node says. Cancel ends both; one alone goes on from there."""
+    folder, given = runs(server) / "several", graph("several", steps=50, processes=2)
+
+    def kill_one():
+        first = at_work(folder, "training", step=1)
+        (other,) = (one for one in trainings(server.base) if one.pid not in (first["pid"], first["launcher"]))
+        other.kill()
+
+    with meanwhile(kill_one):
+        result = server.run(given)
+    assert "another process of this run is gone" in result.error
+    assert trainings(server.base) == []
+    last = state(folder)["pid"]
+
+    def second_begun():
+        until(lambda: state(folder).get("pid", last) != last, "a new process")
+        at_work(folder, "training")
+        assert len(trainings(server.base)) == 3  # two, and the one that started them
+        until(lambda: saved_step(folder) >= 1, "a checkpoint")
+
+    result, _ = cancelled(server, given, second_begun)
+    assert result.of("execution_interrupted"), result.error
+    assert trainings(server.base) == []
+    saved = saved_step(folder)
+    ran(server, graph("several", steps=saved + 1))
+    assert steps(folder) == list(range(saved + 2))
 
 
 def test_a_training_outlives_the_server_and_is_picked_up(tmp_path):

@@ -6,10 +6,14 @@ from comfyui_miniature import ran
 from comfyui_server import Server
 from comfyui_shown import node
 from comfyui_side import needs_comfyui
-from comfyui_training import at_work, end_trainings, graph, refusal, runs, train, trainings, tree, until
+from comfyui_training import at_work, end_trainings, graph, refusal, runs, state, train, trainings, tree, until
 
 pytestmark = needs_comfyui
 TOKEN = "hf_secretOfTheProofXYZ"
+PROMPTS = {
+    "source": "text", "text": "a red ball in a meadow\na blue cube at night", "path": "", "preview_text": "two stars",
+    "photo_share": 1.0, "bucket_step": 0, "prompt_column": "",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +59,16 @@ def test_settings_that_write_elsewhere_or_run_code_are_refused(server, setting):
     assert not (runs(server) / "strange").exists()
 
 
-def test_no_secret_is_written(server):
+def test_a_training_writes_where_it_may_and_no_secret(server):
     """The training has the token, for weights of rewards; no file below ComfyUI's folder does."""
-    ran(server, graph("secretive", mode="background"))
+    before, given = tree(server.base), graph("secretive", prompts=["prompts", 0], mode="background")
+    ran(server, {"prompts": node("SRPOPrompts", **PROMPTS), **given})
     process = psutil.Process(at_work(runs(server) / "secretive")["pid"])
     assert process.environ()["HF_TOKEN"] == TOKEN
     until(lambda: not trainings(server.base), "its end")
-    assert [path for path in tree(server.base) if TOKEN.encode() in (server.base / path).read_bytes()] == []
+    assert state(runs(server) / "secretive")["status"] == "finished"
+    after = tree(server.base)
+    changed = {path for path in after if after[path] != before.get(path) and path.split("/")[0] not in ("user", "temp")}
+    own = {path for path in changed if path.startswith("output/srpo/secretive/")}
+    assert changed - own == {"models/loras/secretive.safetensors", "server.log"}
+    assert [path for path in after if TOKEN.encode() in (server.base / path).read_bytes()] == []

@@ -1,0 +1,32 @@
+"""The toy world as a model family and a reward: torch is all that a process needs to train them, so it begins soon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from toy import CHANNELS, DISLIKED, LIKED, DotReward, ExactFlow, LinearAutoencoder
+
+from srpo_core.config import ModelConfig, RewardConfig
+from srpo_core.interfaces import Components, PromptBatch
+from srpo_core.randomness import generator_for
+
+PROMPTS = {"train": ("a red cat", "a blue dog", "two green birds"), "eval": ("a tree", "a white horse")}
+SETTINGS = {
+    "model": {"family": "toy_run:load", "dtype": "float32", "recompute": False},
+    "reward": {"name": "toy_run:load_reward", "liked": [LIKED], "disliked": [DISLIKED]},
+}
+
+
+def encode_text(prompts: Sequence[str]) -> PromptBatch:
+    """Prompts with clean latents of their own."""
+    clean = [torch.randn(CHANNELS, 1, 1, generator=generator_for(0, 0, 0, prompt)) for prompt in prompts]
+    return PromptBatch(tuple(prompts), {"clean": torch.stack(clean)})
+
+
+def load(config: ModelConfig, device: torch.device | str) -> Components:
+    return Components(ExactFlow(), LinearAutoencoder(), encode_text, {}, PROMPTS)
+
+
+def load_reward(config: RewardConfig, device: torch.device | str) -> DotReward:
+    return DotReward()
