@@ -9,7 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "nodes" / "web"
 PAGES = {path.stem: path for path in (WEB / "docs").glob("*.md")}
-SCRIPT = WEB / "srpo.js"
 PARTS = ["Outputs", "Example", "When something goes wrong"]
 
 
@@ -65,9 +64,14 @@ def test_what_a_page_points_to_is_there(node):
             assert (ROOT / "workflows" / f"{name}.json").is_file(), name
 
 
-def test_the_script_needs_nothing_but_comfyuis_app():
-    """No markup is made of texts, nothing is evaluated, fetched or imported beside ComfyUI's own module."""
-    text = SCRIPT.read_text(encoding="utf-8")
-    assert re.findall(r'import .* from "(.+)"', text) == ["../../scripts/app.js"]
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(", "Function(", "fetch(", "XMLHttpRequest"):
+@pytest.mark.parametrize("name", sorted(path.name for path in WEB.glob("*.js")))
+def test_a_script_needs_nothing_but_comfyuis_own_and_its_siblings(name):
+    """No markup is made of texts, nothing is evaluated, and the server is asked by ComfyUI's own way alone."""
+    text = (WEB / name).read_text(encoding="utf-8")
+    for source in re.findall(r'^(?:import|\}) .*from "(.+)"', text, re.MULTILINE):
+        ours = source.startswith("./") and (WEB / source).is_file()
+        assert ours or source in ("../../scripts/app.js", "../../scripts/api.js"), source
+    assert "import(" not in text
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval(", "Function(", "XMLHttpRequest"):
         assert word not in text
+    assert not re.search(r"(?<!\.)\bfetch\(", text)
