@@ -72,6 +72,8 @@ class Trainer:
                 self._train()
         except StopRequested:
             return self._stopped()
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {describe_latest(self.run_dir)}") from error
         self.display.say(f"finished after step {self.metrics.step}: {self.run_dir}")
         return Outcome(self.metrics.step, True, self.run_dir)
 
@@ -127,13 +129,13 @@ class Trainer:
         self.display.step(metrics)
 
     def _learn(self, step: int, clock: Clock) -> StepMetrics:
-        with enough_memory(f"step {step}", lambda: f"{self.less_memory()}; {describe_latest(self.run_dir)}"):
+        with enough_memory(f"step {step}", self.less_memory):
             try:
                 return self.learner.step(step, clock)
             except TrainingError as error:
                 elsewhere = isinstance(error, OthersError) and "out of memory" in str(error)
                 advice = f"; {self.less_memory()}" if elsewhere else ""
-                raise TrainingError(f"step {step}: {error}{advice}; {describe_latest(self.run_dir)}") from error
+                raise TrainingError(f"step {step}: {error}{advice}") from error
 
     def _record_base(self, log: MetricsLog) -> None:
         """Step 0: a preview of the untrained model."""

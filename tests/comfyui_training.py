@@ -20,6 +20,12 @@ from srpo_core.metrics import read_metrics
 from srpo_core.run_state import ACTIVE, log_tail
 
 BUILT_IN = "miniature (built in)"
+SHORT = [
+    "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=2", "output.preview_steps=2",
+    "output.preview_prompts=2", "output.evaluate_prompts=0", "output.tensorboard=false", "output.checkpoint_every=2",
+    "optim.schedule=constant", "lora.rank=4", "parallel.share_gpu=true",
+]  # fmt: skip
+"""Settings of a short run of the miniature that is started without a graph."""
 QUICK = {
     "data.batch_size": 1, "rollout.num_steps": 2, "output.preview_steps": 2, "output.preview_prompts": 2,
     "output.evaluate_prompts": 0, "output.tensorboard": "false", "optim.schedule": "constant",

@@ -41,6 +41,7 @@ def test_whichever_of_several_processes_is_killed_none_is_left(tmp_path, victim)
     assert state.status in expected[victim]
     if state.status == "failed":
         assert "another process of this run is gone" in state.error
+        assert f"the last good checkpoint is {latest(folder)}" in state.error
 
 
 def test_one_that_hangs_ends_with_all_of_several_processes(tmp_path):

@@ -1,15 +1,21 @@
-"""The miniature's parts, and what both sides are asked."""
+"""The miniature's parts, what both sides are asked, and the server with its page and its runs."""
+
+import os
+import socket
 
 import pytest
 import torch
+from comfyui_page import chromium, comfy_page
 from comfyui_pictures import drawn
 from comfyui_server import Server
 from comfyui_side import GUIDANCE
 
+from srpo_core import launch
 from srpo_core.config import ModelConfig, RewardConfig
 from srpo_core.miniature.captions import random_scenes
 from srpo_core.miniature.models import load
 from srpo_core.rewards import load_reward
+from srpo_core.run_state import read_state
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +59,36 @@ def server(tmp_path_factory):
         yield one.wait()
     finally:
         one.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as one:
+        yield one
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "vue"])
+def page(request, browser, server):
+    """A page for each of the two ways in which ComfyUI draws nodes."""
+    with comfy_page(browser, server, vue_nodes=request.param) as one:
+        yield one
+
+
+@pytest.fixture
+def clean(page):
+    """The page, which has thrown nothing when the test is over."""
+    page.errors.clear()
+    yield page
+    assert page.errors == []
+
+
+@pytest.fixture(scope="module")
+def runs(server):
+    """The server's folder of runs; whatever is at work there ends with the tests."""
+    folder = server.base / "output" / "srpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    for file in folder.glob("*/state.json"):
+        state = read_state(file.parent)
+        if state is not None and state.pid != os.getpid() and state.host == socket.gethostname():
+            launch.kill(state)

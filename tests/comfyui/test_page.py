@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from comfyui_page import chromium, comfy_page, missing
+from comfyui_page import missing
 from comfyui_server import NAME, PACK
 from comfyui_side import needs_comfyui
 from PIL import Image
@@ -23,27 +23,6 @@ SHOW = "([id, output]) => app.graph.getNodeById(id).onExecuted(output)"
 
 def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "vue"])
-def page(request, browser, server):
-    """A page for each of the two ways in which ComfyUI draws nodes."""
-    with comfy_page(browser, server, vue_nodes=request.param) as one:
-        yield one
-
-
-@pytest.fixture
-def clean(page):
-    """The page, which has thrown nothing when the test is over."""
-    page.errors.clear()
-    yield page
-    assert page.errors == []
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """Trainings in ComfyUI's real page: the live view in nodes, the side panel, in two browsers, and what is asked when."""
 
 import itertools
-import os
-import socket
 import subprocess
 import sys
 
 import comfyui_training
 import pytest
 import torch
-from comfyui_page import chromium, comfy_page, missing
+from comfyui_page import comfy_page, missing
 from comfyui_server import NAME
 from comfyui_side import needs_comfyui
 from fake_runs import PROMPTS, make_run
@@ -25,47 +23,10 @@ pytestmark = [needs_comfyui, pytest.mark.skipif(bool(missing()), reason=f"no pag
 STATUS = "SRPOTrainingStatus"
 MARKUP = "<img src=x onerror='window.broken = true'> & <b>bold</b>"
 PANEL = "Workspace.ToggleSidebarTab.srpo-runs"
-QUICK = [
-    "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=2", "output.preview_steps=2",
-    "output.preview_prompts=2", "output.evaluate_prompts=0", "output.tensorboard=false", "output.checkpoint_every=2",
-    "optim.schedule=constant", "lora.rank=4", "parallel.share_gpu=true",
-]  # fmt: skip
 LISTS_LORA = """(name) => {
   const [first, second] = LiteGraph.registered_node_types.LoraLoader.nodeData.input.required.lora_name;
   return [first, second?.options].some((list) => Array.isArray(list) && list.includes(name));
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as one:
-        yield one
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["canvas", "vue"])
-def page(request, browser, server):
-    with comfy_page(browser, server, vue_nodes=request.param) as one:
-        yield one
-
-
-@pytest.fixture
-def clean(page):
-    """The page, which has thrown nothing when the test is over."""
-    page.errors.clear()
-    yield page
-    assert page.errors == []
-
-
-@pytest.fixture(scope="module")
-def runs(server):
-    """The server's folder of runs; what is at work there ends with the tests."""
-    folder = server.base / "output" / "srpo"
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    for file in folder.glob("*/state.json"):
-        state = read_state(file.parent)
-        if state is not None and state.pid != os.getpid() and state.host == socket.gethostname():
-            launch.kill(state)
 
 
 def made(folder, steps=40, of=None):
@@ -283,7 +244,7 @@ def test_a_real_training_in_two_browsers(clean, browser, server, runs):
     """One stops it and both see that; it is resumed, ends, and its file is in the loaders' lists without a reload."""
     name = f"page-real-{'vue' if clean.page.evaluate('LiteGraph.vueNodesMode') else 'canvas'}"
     result = server.base / "models" / "loras" / f"{name}.safetensors"
-    settings = [*QUICK, "optim.steps=400", f"output.dir={runs / name}", f"output.result={result}"]
+    settings = [*comfyui_training.SHORT, "optim.steps=400", f"output.dir={runs / name}", f"output.result={result}"]
     launch.start(load_run("miniature", settings))
     vue = clean.page.evaluate("LiteGraph.vueNodesMode")
     with comfy_page(browser, server, vue_nodes=vue) as other:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -12,6 +11,7 @@ import urllib.request
 
 import pytest
 from comfyui_side import needs_comfyui
+from comfyui_training import SHORT
 from PIL import Image
 
 from srpo_core import launch
@@ -20,32 +20,15 @@ from srpo_core.description import load_run
 from srpo_core.run_state import is_alive, read_state, write_state
 
 pytestmark = needs_comfyui
-QUICK = [
-    "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=2", "output.preview_steps=2",
-    "output.preview_prompts=2", "output.evaluate_prompts=0", "output.tensorboard=false", "output.checkpoint_every=2",
-    "optim.schedule=constant", "lora.rank=4", "parallel.share_gpu=true",
-]  # fmt: skip
 LIMIT = 180
 """Seconds in which a short run on a busy machine is done."""
-
-
-@pytest.fixture(scope="module")
-def runs(server):
-    """The server's folder of runs; whatever is at work there ends with the tests."""
-    folder = server.base / "output" / "srpo"
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    for file in folder.glob("*/state.json"):
-        state = read_state(file.parent)
-        if state is not None and state.pid != os.getpid() and state.host == socket.gethostname():
-            launch.kill(state)
 
 
 def train(runs, name, steps):
     """Train a quick run to its end, or for its first steps if it is to stand at fewer than `steps`."""
     result = runs.parents[1] / "models" / "loras" / f"{name}.safetensors"
     config = load_run(
-        "miniature", [*QUICK, f"optim.steps={steps}", f"output.dir={runs / name}", f"output.result={result}"]
+        "miniature", [*SHORT, f"optim.steps={steps}", f"output.dir={runs / name}", f"output.result={result}"]
     )
     launch.start(config)
     return runs / name
