@@ -21,6 +21,7 @@ from .scoring import PROMPT_HELP, TABLE
 from .show import as_text, shown, table
 
 if TYPE_CHECKING:
+    from .io_types import RunSettings
     from .memory import LoadedReward
 
 NO_RATE = "win_rate: SRPO Compare has no reward connected, so nobody says which picture is better; connect one"
@@ -71,6 +72,7 @@ class Compare(io.ComfyNode):
         prompt: str = "",
         liked: str = "",
         disliked: str = "",
+        words: RunSettings | None = None,
     ) -> io.NodeOutput:
         from srpo_core.head_to_head import Comparison, contests, names_of
 
@@ -83,8 +85,8 @@ class Compare(io.ComfyNode):
         for model in models.values():
             drawn = draw(model, positive, latent, seed, steps, guidance, shift, progress=progress)
             images.append(bridge.decoded(vae, drawn["samples"]).cpu())
-        chosen = words(liked), words(disliked)
-        scores = _scores(reward, images, prompt.strip(), chosen, progress) if reward is not None else ({}, {})
+        judged = _words(words, liked, disliked)
+        scores = _scores(reward, images, prompt.strip(), judged, progress) if reward is not None else ({}, {})
         found = Comparison(names_of(label_a, label_b), seeds, tuple(images), contests(*scores))
         tables = [table("Pictures", *found.picture_rows(), note="" if found.first else found.note)]
         if reward is not None:
@@ -93,6 +95,13 @@ class Compare(io.ComfyNode):
         rate = found.first.rate.estimate if found.first else ExecutionBlocker(NO_RATE)
         text = "\n\n".join(as_text(one) for one in tables)
         return io.NodeOutput(pairs, *map(bridge.to_comfy, images), rate, text, ui=shown(cls, tables, pairs))
+
+
+def _words(connected: RunSettings | None, liked: str, disliked: str) -> tuple[list[str], list[str]]:
+    """Liked and disliked words: those of SRPO Control Words where it is connected."""
+    if connected is None:
+        return words(liked), words(disliked)
+    return connected.values["reward.liked"], connected.values["reward.disliked"]
 
 
 def _check(models: Mapping[str, ModelPatcher], reward: LoadedReward | None, prompt: str) -> None:
@@ -126,6 +135,9 @@ def _inputs() -> list[io.Input]:
             " score is compared too, which SRPO trains on. Empty: only the score.",
         ),
         widget(RewardConfig, "disliked", optional=True, tooltip="Words for what you don't like."),
+        io_types.Words.Input(
+            "words", optional=True, tooltip="The words of a training, of SRPO Control Words, in place of the two above."
+        ),
     ]
 
 

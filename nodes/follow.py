@@ -11,13 +11,16 @@ from comfy.utils import ProgressBar
 from srpo_core import launch
 from srpo_core.checkpoint import describe_latest
 from srpo_core.errors import TrainingError
-from srpo_core.run_state import LOG_FILE, RunState, ask_to_stop, is_alive, log_tail, read_state
+from srpo_core.run_state import LOG_FILE, RunState, ask_to_stop, is_alive, log_tail, read_state, stop_asked
 
 LOOK_EVERY = 0.1
 PATIENCE = 600.0
 """Seconds that a run which was cancelled may take to save; a second Cancel doesn't wait for it."""
 SOON = 30.0
 """Seconds that one may take which is still loading, and has nothing to save."""
+UNREADABLE = 5.0
+"""Seconds for which a run's state may be unreadable: network disks fail for a moment, and Windows gives no file that
+is just being replaced."""
 LOG_LINES = 12
 
 
@@ -31,7 +34,7 @@ def follow(run_dir: Path, steps: int) -> RunState:
     try:
         state = _finished(run_dir, bar, steps)
     except management.InterruptProcessingException:
-        _end(run_dir)
+        end(run_dir)
         raise
     if state is None:
         raise TrainingError(f"{run_dir} has lost its state: has someone removed it? Queue the graph to train it again")
@@ -45,18 +48,30 @@ def follow(run_dir: Path, steps: int) -> RunState:
 
 
 def _finished(run_dir: Path, bar: ProgressBar, steps: int) -> RunState | None:
-    """The state of a run that is no longer at work."""
-    shown = -1
-    while (state := read_state(run_dir)) is not None and state.active:
+    """The state of a run that is no longer at work; None where it can't be read for a while."""
+    shown, read = -1, time.monotonic()
+    while (state := read_state(run_dir)) is None or state.active:
         management.throw_exception_if_processing_interrupted()
-        if state.step > shown:
+        if state is not None:
+            read = time.monotonic()
+        elif time.monotonic() > read + UNREADABLE:
+            return None
+        if state is not None and state.step > shown:
             shown = state.step
             bar.update_absolute(min(shown, steps), steps)  # this may raise the interrupt too
         time.sleep(LOOK_EVERY)
     return state
 
 
-def _end(run_dir: Path) -> None:
+def wait_for_stopping(run_dir: Path) -> None:
+    """Wait for a run that someone has asked to stop until it has; no wait for others. Cancel ends the wait."""
+    state = read_state(run_dir)
+    if state is not None and state.active and stop_asked(run_dir):
+        end(run_dir)
+        management.throw_exception_if_processing_interrupted()
+
+
+def end(run_dir: Path) -> None:
     """Have a run save and end; one that takes too long, or that is cancelled once more, ends without."""
     ask_to_stop(run_dir)
     asked = time.monotonic()

@@ -27,6 +27,7 @@ from srpo_core.run_state import ask_to_stop, read_state
 
 from . import run_safety
 from .run_names import runs_folder
+from .training_models import environment
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -221,7 +222,7 @@ def _resume(folder: Path, told: Mapping[str, Any]) -> None:
     steps = told.get("steps")
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise BadRequest(f"steps={steps!r} is no number of steps")
-    launch.resume(folder, steps, check=lambda config: _check_resumed(config, folder))
+    launch.resume(folder, steps, environment(), check=lambda config: _check_resumed(config, folder))
     PromptServer.instance.prompt_queue.set_flag("unload_models", True)
 
 
@@ -237,7 +238,7 @@ def _check_resumed(config: RunConfig, folder: Path) -> None:
 def _save(folder: Path, told: Mapping[str, Any]) -> None:
     """Write the newest checkpoint's weights beside the run's result."""
     if not _saving.acquire(blocking=False):
-        raise ConfigError("another run is being saved; try again when it is done")
+        raise ConfigError("a run is being saved already; try again when that is done")
     try:
         result.save_now(folder, check=lambda config: run_safety.check(config, folder))
     finally:

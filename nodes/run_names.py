@@ -73,7 +73,7 @@ def _problem(name: str) -> str:
     if _DEVICES.fullmatch(name):
         return "it is a device on Windows"
     if len(name.encode()) > MOST_BYTES:
-        return f"it is longer than {MOST_BYTES} letters"
+        return f"it is too long: {MOST_BYTES} plain letters are the most, of other alphabets half or a third as many"
     return ""
 
 

@@ -56,7 +56,7 @@ class ControlWords(SettingsNode):
             " when a picture is judged (Real. ... against Oil. ...), and what is learned is the difference.",
             search_aliases=["liked words", "disliked words", "style words", "positive negative words"],
             inputs=run_widgets(cls.SETTINGS),
-            outputs=[io_types.Words.Output("settings", tooltip=FOR_TRAIN)],
+            outputs=[io_types.Words.Output("settings", tooltip="For SRPO Train, and SRPO Compare.")],
         )
 
 

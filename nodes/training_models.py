@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -97,6 +98,11 @@ def comfyui_known() -> Iterator[None]:
     """Inside the context the engine finds ComfyUI's folders and tokenizers as this ComfyUI has them."""
     with places.folders_from(folders, COMFYUI):
         yield
+
+
+def environment() -> dict[str, str]:
+    """What a process that trains needs in its environment to find ComfyUI's folders and tokenizers too."""
+    return {"COMFYUI_PATH": os.environ.get("COMFYUI_PATH") or str(COMFYUI)}
 
 
 def base_file(base: str) -> Path | None:

@@ -13,12 +13,13 @@ from srpo_core.at_work import work_folder
 from srpo_core.catalogue import CATALOGUE
 from srpo_core.checkpoint import checkpoint_step, latest
 from srpo_core.config import ConfigError, RunConfig
-from srpo_core.description import load_run, make_config, place_override, preset_names
+from srpo_core.description import load_run, make_config, preset_names
 from srpo_core.files import write_atomic
 from srpo_core.rewards.mixture import USUAL, WeightedReward
 from srpo_core.run_folder import changed_settings, holds_run, load_folder
 from srpo_core.run_state import is_alive, read_state
 
+from . import more_settings
 from .inputs import Setting, run_values
 from .io_types import RunSettings
 from .memory import LoadedReward
@@ -35,8 +36,6 @@ RUN = tuple(
 )  # fmt: skip
 """SRPO Train's own widgets that are settings as they stand."""
 RECORD = "run.json"
-OWN = ("output.dir", "output.result")
-"""Settings that follow from the name."""
 There = Literal["nothing", "a part", "at work", "finished"]
 SPAN = USUAL["hpsv2"][1] - USUAL["hpsv2"][0]
 """A reward whose scale no recipe gives is brought to the span of the published one."""
@@ -79,16 +78,16 @@ def describe(
     data["seed"] = given["seed"]
     with Complaints() as complaints:
         data["model"] |= model_settings(given, complaints)
-        with complaints.noted():
+        with complaints.noted(), more_settings.blamed(given["more_settings"]):
             config = _finished(data, place, given["more_settings"])
             _check_prompts(config, recipe, complaints)
             _find_rewards(config, complaints)
     return Described(config, texts)
 
 
-def _finished(data: dict[str, Any], place: RunPlace, more_settings: str) -> RunConfig:
-    """The run of some settings, those of more_settings on top. ConfigError for what can't be or must not be."""
-    _override(data, more_settings)
+def _finished(data: dict[str, Any], place: RunPlace, lines: str) -> RunConfig:
+    """The run of some settings, those of more_settings' lines on top. ConfigError for what can't be or must not be."""
+    more_settings.place(data, lines)
     data["output"] |= {"dir": str(place.folder)}
     config = make_config(data)
     config.output.result = str(place.result(full=not config.lora.rank))
@@ -119,23 +118,6 @@ def texts_there(texts: Mapping[Path, str]) -> Iterator[Callable[[], None]]:
         for folder in dict.fromkeys(folders):
             with contextlib.suppress(OSError):  # something else is in it by now
                 folder.rmdir()
-
-
-def _override(data: dict[str, Any], lines: str) -> None:
-    """Put lines such as optim.lr=1e-4 into the settings. ConfigError for those that are none, or not to be set here."""
-    for line in lines.splitlines():
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        name = line.partition("=")[0].strip()
-        if name in OWN:
-            raise ConfigError(f"more_settings: {line!r}: this follows from `name`")
-        if isinstance(data.get(name), dict):
-            raise ConfigError(f"more_settings: {line!r}: write a setting of {name}, such as optim.lr=1e-5")
-        try:
-            place_override(data, line)
-        except ConfigError as error:
-            raise ConfigError(f"more_settings: {error}") from error
 
 
 def _check_prompts(config: RunConfig, recipe: str, complaints: Complaints) -> None:

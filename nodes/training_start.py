@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,17 @@ from srpo_core.errors import TrainingError
 from srpo_core.files import write_atomic
 from srpo_core.gpus import check_free
 from srpo_core.plan import Plan, plan_run
+from srpo_core.run_sources import typed
 from srpo_core.run_state import log_tail
 from srpo_core.run_view import in_words, summary
 
-from . import packages, run_outputs, run_safety
+from . import more_settings, packages, run_outputs, run_safety
+from .follow import wait_for_stopping
 from .io_types import RunSettings
 from .memory import LoadedReward
 from .run_names import run_place
 from .show import Table, table
-from .training_models import COMFYUI, comfyui_known
+from .training_models import comfyui_known, environment
 from .training_run import Described, describe, texts_there, there_already
 
 PLAN_FILE = "plan.json"
@@ -79,31 +80,34 @@ def begin(
     place = run_place(name, if_there)
     with comfyui_known():
         described = describe(place, given, settings, reward)
-        with _in_widgets():
+        with _in_widgets(given["more_settings"]):
+            if not only_check:
+                wait_for_stopping(work_folder(described.config))
             there = there_already(described.config)
             if there in ("nothing", "a part"):
-                tables = _checked_or_started(described, there == "a part", only_check)
+                tables = _checked_or_started(described, given["more_settings"], there == "a part", only_check)
             else:
                 tables = [_plan_table(_kept_rows(work_folder(described.config)), words(place.folder))]
     return Begun(place.name, described.config, tables)
 
 
-def _checked_or_started(described: Described, resume: bool, only_check: bool) -> list[Table]:
+def _checked_or_started(described: Described, lines: str, resume: bool, only_check: bool) -> list[Table]:
     config = described.config
-    taken = _taken(config) if only_check else ""
+    taken = _by_widgets(_taken(config), lines) if only_check else ""
     launch.check(_shared(config) if taken else config, resume)
     with texts_there(described.texts) as keep:
         plan = plan_run(config, resume)
         rows = (*plan.rows, ("result", config.output.result or ""))
         if only_check:
-            command = shlex.join(launch.train_command(work_folder(config) / "run.json", resume, config.parallel))
+            command = typed(launch.train_command(work_folder(config) / "run.json", resume, config.parallel))
             rows = (*rows, ("folder", config.output.dir), ("command", command))
             return [_plan_table(rows, "\n".join(filter(None, [_refusal(plan), taken])))]
         if plan.refusal is not None:
             raise ConfigError(_refusal(plan))
+        management.throw_exception_if_processing_interrupted()  # checks may take minutes where there are many photos
         management.unload_all_models()
         management.soft_empty_cache()
-        launch.start(config, resume, {"COMFYUI_PATH": os.environ.get("COMFYUI_PATH") or str(COMFYUI)})
+        launch.start(config, resume, environment())
         keep()
     with suppress(OSError):  # a full disk ends the run, which says so
         write_atomic(work_folder(config) / PLAN_FILE, json.dumps(rows, indent=1))
@@ -116,7 +120,7 @@ def _taken(config: RunConfig) -> str:
         check_free(config)
     except ConfigError as error:
         check_free(_shared(config))
-        return _by_widgets(error)
+        return str(error)
     return ""
 
 
@@ -130,19 +134,25 @@ def _refusal(plan: Plan) -> str:
 
 
 @contextmanager
-def _in_widgets() -> Iterator[None]:
-    """Errors of the engine in the words of SRPO Train's widgets."""
+def _in_widgets(lines: str) -> Iterator[None]:
+    """Errors of the engine in the words of SRPO Train's widgets, and of the lines of its more_settings."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(_by_widgets(error)) from error
+        raise ConfigError(_by_widgets(str(error), lines)) from error
 
 
-def _by_widgets(error: ConfigError) -> str:
-    message = str(error)
+def _by_widgets(message: str, lines: str) -> str:
+    """A message in the words of widgets; what a line of more_settings sets keeps the name that it has there."""
+    kept = {name for _, name, _ in more_settings.said(lines)}
+    message = more_settings.with_lines(message, lines)
     for setting, widget in _WIDGETS.items():
-        message = re.sub(setting, widget, message)
+        message = re.sub(setting, partial(_renamed, widget, kept), message)
     return message
+
+
+def _renamed(widget: str, kept: Collection[str], found: re.Match[str]) -> str:
+    return found[0] if found[0] in kept else found.expand(widget)
 
 
 def _plan_table(rows: Sequence[tuple[str, str]], note: str = "") -> Table:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import bench_comfyui_files as files
 from bench_comfyui_memory import process_seconds, smaller_card
+from bench_comfyui_refusals import refusals
 from bench_comfyui_run import Bench, Graph, Row, changed, nodes_of, reseeded
 from bench_comfyui_training import training
 
@@ -126,6 +127,10 @@ class Parts:
         """SRPO Train: a whole training after a picture, the result in use, and Cancel."""
         training(bench, self.full)
 
+    def refusals(self, bench: Bench) -> None:
+        """SRPO Train on a device where another run trains, and on a card with too little memory for it."""
+        refusals(bench, self.full, self.card_gib)
+
     def small_card(self, bench: Bench) -> None:
         """SRPO-workflow with a reward's score, in scaled fp8 and then as stored, on a card with little memory."""
         bench.stop()
@@ -147,7 +152,8 @@ class Parts:
         """Names in order: what another part needs comes before it."""
         names = ["workflow", "interrupt", "score_images", "reward_memory", "best_of_n", "align_preview"]
         names += ["compare_lora", "free"]
-        return ["files", *names, "fp8", "training", "small_card"] if self.full else ["start", *names, "training"]
+        trained = ["training", "refusals"]
+        return ["files", *names, "fp8", *trained, "small_card"] if self.full else ["start", *names, *trained]
 
 
 def _picture(bench: Bench, outputs: Row) -> Row:
@@ -229,7 +235,7 @@ def main() -> int:
     parser.add_argument("--full-size", action="store_true", help="FLUX.1-dev and HPS v2.1 instead of the miniature")
     parser.add_argument("--cpu", action="store_true", help="run ComfyUI on the CPU")
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only these, in this order")
-    parser.add_argument("--card-gib", type=float, default=23.5, help="free memory of the card in the part small_card")
+    parser.add_argument("--card-gib", type=float, default=23.5, help="free memory of a small card")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no part is begun")
     parser.add_argument("--server", nargs=argparse.REMAINDER, default=[], help="arguments for ComfyUI; the last option")
     args = parser.parse_args()
@@ -253,7 +259,7 @@ def main() -> int:
             bench.run_part(name, work)
     finally:
         bench.stop()
-    return int(any(row["what"] == "failed" or row.get("status") == "error" for row in bench.rows))
+    return int(any(row["what"] == "failed" or row.get("status") in ("error", "not refused") for row in bench.rows))
 
 
 if __name__ == "__main__":

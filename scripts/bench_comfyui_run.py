@@ -132,8 +132,15 @@ class Bench:
         types = {node["type"] for node in workflow["nodes"]} & set(known)
         return prompt_of(workflow, {**known, **{type: schemas.fetch(self.server.url, type) for type in types}})
 
-    def run(self, what: str, graph: Graph, on_event: Callable[[Row], None] | None = None, **values: Any) -> Result:
-        """Run a graph; a row with its seconds, its nodes' seconds and memory."""
+    def run(
+        self,
+        what: str,
+        graph: Graph,
+        on_event: Callable[[Row], None] | None = None,
+        refused: bool = False,
+        **values: Any,
+    ) -> Result:
+        """Run a graph; a row with its seconds, its nodes' seconds and memory. `refused`: it is one that must fail."""
         server, times = self.server, Times()
 
         def heard(event: Row) -> None:
@@ -148,6 +155,8 @@ class Bench:
         finally:
             seconds, memory = time.perf_counter() - begin, watch.stop()
         status = "interrupted" if result.of("execution_interrupted") else result.status
+        if refused:
+            status = "refused" if result.error else "not refused"
         row = {"seconds": round(seconds, 2), "status": status, **values}
         if result.error:
             row["error"] = result.error[:2000]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import threading
 import time
@@ -30,7 +32,7 @@ SHORT = {
     "output.preview_steps": 4,
 }  # fmt: skip
 """At full size: steps of one picture each, and a learning rate with which two of them show in a picture."""
-LONG = SHORT | {"optim.accumulation": 32, "rollout.num_steps": 5}
+LONG = SHORT | {"optim.accumulation": 12, "rollout.num_steps": 5}
 """At full size: a step of many pictures, as the recipes have it, which are drawn quickly."""
 
 
@@ -50,7 +52,7 @@ class Size:
 
 
 SIZES = {
-    True: Size("SRPO-workflow", "train_lora", {"recipe": "flux-dev-lora-24gb", "steps": 2}, SHORT, LONG, (1, 8.0)),
+    True: Size("SRPO-workflow", "train_lora", {"recipe": "flux-dev-lora-24gb", "steps": 2}, SHORT, LONG, (1, 5.0)),
     False: Size("SRPO-workflow-miniature", "train_miniature", {}, {}, {}, (3, 0.0)),
 }
 
@@ -126,10 +128,15 @@ def training(bench: Bench, full: bool) -> None:
 
 def _named(graph: Graph, name: str, widgets: Mapping[str, Any], settings: Mapping[str, Any]) -> Graph:
     """A graph's training under a name, with other widgets and more settings; what is drawn after it is one picture."""
-    (train,) = nodes_of(graph, "SRPOTrain")
-    more = "\n".join([graph[train]["inputs"]["more_settings"], *(f"{key}={value}" for key, value in settings.items())])
-    graph = changed(graph, "SRPOTrain", name=name, more_settings=more, **widgets)
+    graph = changed(with_settings(graph, settings), "SRPOTrain", name=name, **widgets)
     return changed(changed(graph, "EmptySD3LatentImage", batch_size=1), "SRPOCompare", steps=20)
+
+
+def with_settings(graph: Graph, settings: Mapping[str, Any]) -> Graph:
+    """A graph's training with more settings, below those it has."""
+    (train,) = nodes_of(graph, "SRPOTrain")
+    lines = [graph[train]["inputs"]["more_settings"], *(f"{key}={value}" for key, value in settings.items())]
+    return changed(graph, "SRPOTrain", more_settings="\n".join(lines))
 
 
 def _folder(bench: Bench, graph: Graph) -> Path:
@@ -144,21 +151,32 @@ def _trained(bench: Bench, graph: Graph, name: str) -> None:
         result = bench.run("trained, and drawn with", graph)
     bench.add(
         "that training", seconds_from_the_queue_to=seen.began, peak_gib=seen.memory, shown=_shown(result),
-        **_record(folder, bench.base / "models" / "loras" / f"{name}.safetensors"),
+        **record(folder, bench.base / "models" / "loras" / f"{name}.safetensors"),
     )  # fmt: skip
 
 
-def _record(folder: Path, file: Path) -> Row:
-    """What a run's folder says of it."""
+def record(folder: Path, file: Path | None = None) -> Row:
+    """What a run's folder says of it, and how large the file of its result is."""
     state, lines = read_state(folder), read_metrics(folder)
     kept = ("step", "loss", "grad_norm", "peak_memory_gib", "seconds")
     return {
         "status": state.status if state is not None else None,
         "error": state.error if state is not None else "",
         "steps": [{name: line[name] for name in kept if name in line} for line in (*lines[:3], *lines[3:][-1:])],
-        "result_mb": round(file.stat().st_size / 1e6, 1) if file.is_file() else None,
+        "planned": _planned(folder),
+        "result_mb": round(file.stat().st_size / 1e6, 1) if file is not None and file.is_file() else None,
         "last_said": log_tail(folder, 6),
     }
+
+
+def _planned(folder: Path) -> list[str]:
+    """What a run's plan says of memory and time."""
+    try:
+        rows = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    names = itertools.accumulate((name for name, _ in rows), lambda last, name: name or last)
+    return [text for name, (_, text) in zip(names, rows, strict=True) if name in ("memory", "time")]
 
 
 def _shown(result: Result) -> list[str]:
@@ -216,7 +234,7 @@ def _cancelled(bench: Bench, graph: Graph, moment: tuple[int, float]) -> None:
     after = {name: round(times[name] - times["asked"], 2) for name in names if name in times and "asked" in times}
     bench.add(
         "from Cancel until", seconds=after, checkpoint=None if newest is None else newest.name, peak_gib=seen.memory,
-        seconds_from_the_queue_to=seen.began, device_after_gib=bench.memory.used(), **_record(folder, Path()),
+        seconds_from_the_queue_to=seen.began, device_after_gib=bench.memory.used(), **record(folder),
     )  # fmt: skip
 
 

@@ -10,14 +10,13 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
 from srpo_core.config import ParallelConfig, RunConfig
 from srpo_core.device_locks import device_key
 from srpo_core.device_locks import held as device_held
 from srpo_core.parallel import World
+from srpo_core.processes import birth, is_running
 from srpo_core.run_folder import check_start, held
-from srpo_core.run_state import Telling, is_running, told
+from srpo_core.run_state import Telling, told
 
 LOOK_EVERY = 1.0
 SIGN_EVERY = 10
@@ -58,9 +57,9 @@ def _device(parallel: ParallelConfig, world: World, run_dir: str) -> contextlib.
 def _watch(telling: Telling | None, launcher: int) -> Iterator[None]:
     """Show signs of life; end this process if the one that holds all of the run is gone, as nobody else would."""
     done = threading.Event()
-    began = psutil.Process(launcher).create_time() if launcher else 0.0
+    began = birth(launcher) if launcher else ""
 
-    def is_held() -> bool:  # POSIX gives an orphan another parent, whatever someone does to the clock meanwhile
+    def is_held() -> bool:  # POSIX gives an orphan another parent
         return is_running(launcher, began) if os.name == "nt" else os.getppid() == launcher
 
     def look() -> None:

@@ -65,6 +65,10 @@ class Footprint:
         """Size of a checkpoint: weights, two moments, and the average if there is one."""
         return 4 * self.trained * (4 if config.optim.ema_decay else 3)
 
+    def result_bytes(self, config: RunConfig) -> int:
+        """Size of the result's file: a LoRA in float32, or all weights in model.dtype."""
+        return self.trained * (4 if config.lora.rank or config.model.dtype == "float32" else 2)
+
 
 def check_files(config: RunConfig) -> Inputs:
     """Read the user's prompts, captions, photos' headers, LoRA and the reward's header, before models are loaded.
@@ -107,7 +111,7 @@ def check_run(config: RunConfig, world: World) -> Ready:
         components = load_model(config.model, world.device)
     footprint = check_fit(config, components.outline(), inputs, world.device)
     prompts, held_out = run_texts(config, components.prompts)
-    check_space(config, footprint.checkpoint_bytes(config))
+    check_space(config, footprint.checkpoint_bytes(config), footprint.result_bytes(config))
     check_whole(inputs.photos, f"data.photos={config.data.photos!r}")
     return Ready(inputs, components, footprint, prompts, held_out)
 

@@ -112,7 +112,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
         raise ConfigError(f"{override!r} is no setting; write section.name=value, for example optim.lr=1e-5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # 2020-13-45 looks like a date and is none
         raise ConfigError(f"{key}={text!r} can't be read: {error}") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-5 as a string
         try:
@@ -147,7 +147,8 @@ def _explain(error: ValidationError) -> str:
                 hint = nearest(location[-1], list(MoreReward.model_fields))
             lines.append(f"unknown setting {name!r}{hint}")
         else:
-            lines.append(f"{name}={problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+            value = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"  # of a section: too much
+            lines.append(f"{name}{value}: {problem['msg'].removeprefix('Value error, ')}")
     return "\n".join(lines)
 
 

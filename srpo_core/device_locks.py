@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from srpo_core.config import ConfigError, ParallelConfig
 from srpo_core.files import write_atomic
-from srpo_core.run_state import is_running, lineage
+from srpo_core.processes import birth, is_running, lineage
 
 FOLDER = "SRPO_LOCKS"
 """Names, in the environment, the folder of the locks; programs that see the same GPUs should have the same one."""
@@ -37,7 +37,8 @@ class Holder:
 
     run_dir: str
     pid: int
-    created: float
+    created: str
+    """processes.birth of the pid."""
 
     def __str__(self) -> str:
         return f"process {self.pid} trains on it ({self.run_dir})" if self.pid else "another run trains on it"
@@ -78,7 +79,7 @@ def holder(key: str) -> Holder | None:
         lock_folder().mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=PATIENCE if note is not None and not there else 0)  # what was killed takes a moment to end
     except Timeout:
-        return note or Holder("", 0, 0.0)
+        return note or Holder("", 0, "")
     except OSError:  # no lock can be had here, so nobody has one
         return None
     lock.release()
@@ -95,7 +96,7 @@ def _note(key: str) -> Holder | None:
 def reserve(keys: Sequence[str], run_dir: Path, pid: int) -> None:
     """Note that the process `pid` was started to train on devices, until it holds their locks itself."""
     with contextlib.suppress(OSError, psutil.Error):
-        note = Holder(str(run_dir), pid, psutil.Process(pid).create_time())
+        note = Holder(str(run_dir), pid, birth(pid))
         for key in keys:
             write_atomic(_file(key, ".json"), json.dumps(asdict(note)), durable=False)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from srpo_core.columns import Scores
 from srpo_core.errors import TrainingError
 from srpo_core.files import write_atomic
-from srpo_core.preview import Gallery, to_pil
+from srpo_core.preview import Gallery, save_png, to_pil
 
 When = Literal["before", "after"]
 
@@ -54,8 +54,7 @@ class Evaluation:
     def keep(self, when: When, step: int, images: Tensor, scores: Scores) -> None:
         """Write down the gallery's pictures [n, 3, H, W] and scores by the model of `step`."""
         folder = evaluation_file(self.run_dir).parent / when
-        folder.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(images):
-            to_pil(image).save(folder / f"{i:03d}.png")
+            save_png(folder / f"{i:03d}.png", to_pil(image), durable=False)  # its record says that all are there
         record = self._record() | {when: scores} | ({"after_step": step} if when == "after" else {})
         write_atomic(evaluation_file(self.run_dir), json.dumps(record, indent=1))

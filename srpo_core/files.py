@@ -64,6 +64,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(nearest_existing(folder)).free
 
 
+def disk_of(folder: Path) -> int:
+    """What tells the disk of a folder, which may not be there yet, from others."""
+    return nearest_existing(folder).stat().st_dev
+
+
 def check_writable(folder: Path, setting: str, way_out: str = "name another folder") -> None:
     """Make a folder and write to it, before long work. ConfigError that names `setting` if that can't be."""
     try:

@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from srpo_core import gpus, result
 from srpo_core.at_work import work_folder
 from srpo_core.config import ConfigError, ParallelConfig, RunConfig
 from srpo_core.description import DIGEST
-from srpo_core.device_locks import reserve
+from srpo_core.device_locks import lock_folder, reserve
 from srpo_core.files import write_atomic
+from srpo_core.processes import is_running
 from srpo_core.run_folder import check_start, load_folder
 from srpo_core.run_scripts import write_scripts
 from srpo_core.run_state import LOG_FILE, RunState, ask_to_stop, clear_stop, is_alive, read_state, write_state
@@ -30,6 +32,8 @@ from srpo_core.run_state import LOG_FILE, RunState, ask_to_stop, clear_stop, is_
 MAIN = Path(__file__).with_name("__main__.py")
 ENDING = 10.0
 """Seconds that a process which has said how its run ended may take to be gone."""
+QUEUE = 2 * ENDING
+"""Seconds that a start waits for another one, which may wait ENDING itself."""
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -78,21 +82,35 @@ def start(config: RunConfig, resume: bool = False, environment: Mapping[str, str
     start there, is at work already, or would share a GPU or the CPU with another one.
     """
     folder = work_folder(config)
-    chosen = check(config, resume)
-    command, digest = _prepare(config, resume)
-    changes = {**gpus.environment(config.parallel, chosen), **digest, **(environment or {})}
-    with (folder / LOG_FILE).open("ab") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env=child_environment(changes, config.parallel.processes), **_apart(),
-        )  # fmt: skip
-    state = read_state(folder)
-    if state is None or process.pid not in (state.pid, state.launcher):  # it may have begun to tell of itself
-        write_state(folder, "starting", config.optim.steps, process.pid)
-    shared = gpus.shared_key(config.parallel, chosen)
-    reserve([gpu.key for gpu in chosen] if shared is None else [shared], folder.absolute(), process.pid)
+    with _one_at_a_time():
+        chosen = check(config, resume)
+        command, digest = _prepare(config, resume)
+        changes = {**gpus.environment(config.parallel, chosen), **digest, **(environment or {})}
+        with (folder / LOG_FILE).open("ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=child_environment(changes, config.parallel.processes), **_apart(),
+            )  # fmt: skip
+        state = read_state(folder)
+        if state is None or process.pid not in (state.pid, state.launcher):  # it may have begun to tell of itself
+            write_state(folder, "starting", config.optim.steps, process.pid)
+        shared = gpus.shared_key(config.parallel, chosen)
+        reserve([gpu.key for gpu in chosen] if shared is None else [shared], folder.absolute(), process.pid)
     threading.Thread(target=process.wait, daemon=True).start()  # so that nothing is left of it when it has ended
     return process.pid
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Inside the context nobody else starts a run here: of two that want one folder or GPU, one finds it taken."""
+    lock = FileLock(lock_folder() / "starting.lock")
+    with contextlib.suppress(OSError):  # a file system without locks, or one who stands still: the run is worth more
+        lock_folder().mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=QUEUE)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check(config: RunConfig, resume: bool = False, background: bool = True) -> list[gpus.Gpu]:
@@ -144,21 +162,24 @@ def foreground(config: RunConfig, resume: bool = False) -> RunState | None:
     SIGINT, SIGTERM and a terminal that closes ask the run to stop; a second signal ends it. ConfigError as for `start`.
     """
     folder = work_folder(config)
-    chosen = check(config, resume, background=False)
-    command, digest = _prepare(config, resume)
-    environment = child_environment({**gpus.environment(config.parallel, chosen), **digest}, config.parallel.processes)
-    with _heeding_signals(folder):
-        process = subprocess.Popen(command, env=environment, **_apart())
-        try:
-            write_state(folder, "starting", config.optim.steps, process.pid)
-            reserve([gpu.key for gpu in chosen], folder.absolute(), process.pid)
-            process.wait()
-        finally:
-            state = read_state(folder)
-            if state is not None:
-                kill(state)
-            process.kill()  # where its state is gone
-            process.wait()
+    with contextlib.ExitStack() as queue:
+        queue.enter_context(_one_at_a_time())
+        chosen = check(config, resume, background=False)
+        command, digest = _prepare(config, resume)
+        changes = {**gpus.environment(config.parallel, chosen), **digest}
+        with _heeding_signals(folder):
+            process = subprocess.Popen(command, env=child_environment(changes, config.parallel.processes), **_apart())
+            try:
+                write_state(folder, "starting", config.optim.steps, process.pid)
+                reserve([gpu.key for gpu in chosen], folder.absolute(), process.pid)
+                queue.close()
+                process.wait()
+            finally:
+                state = read_state(folder)
+                if state is not None:
+                    kill(state)
+                process.kill()  # where its state is gone
+                process.wait()
     return read_state(folder)
 
 
@@ -248,10 +269,10 @@ def kill(state: RunState) -> None:
     for pid, created in ((state.launcher, state.launcher_created), (state.pid, state.created)):
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(pid) if pid else None
-            if process is not None and abs(process.create_time() - created) <= 1 and _trains(process):
+            if process is not None and is_running(pid, created) and _trains(process):
                 family += [process, *process.children(recursive=True)]
     for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):  # it is gone, or on its way, where Windows says "access denied"
             one.kill()
     psutil.wait_procs(family, timeout=10)
 

@@ -184,13 +184,16 @@ class Gallery:
         )  # fmt: skip
 
 
+def save_png(path: Path, picture: Image.Image, durable: bool = True) -> None:
+    """Write a picture, whole or not at all (write_atomic); its folder is made if need be."""
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    write_atomic(path, png.getvalue(), durable)
+
+
 def save_preview(run_dir: Path, step: int, prompts: Sequence[str], images: Tensor, scores: Scores) -> Image.Image:
     """Write a preview's sheet and its scores, previews/step-000020.png and .json; the sheet."""
-    folder = run_dir / "previews"
-    folder.mkdir(parents=True, exist_ok=True)
-    sheet = contact_sheet(images, prompts)
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    write_atomic(folder / f"step-{step:06d}.png", png.getvalue())
+    folder, sheet = run_dir / "previews", contact_sheet(images, prompts)
+    save_png(folder / f"step-{step:06d}.png", sheet)
     write_atomic(folder / f"step-{step:06d}.json", json.dumps({"prompts": list(prompts), **scores}, indent=1))
     return sheet

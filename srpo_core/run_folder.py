@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.config import ConfigError, RunConfig, flat
 from srpo_core.description import load_run, make_config, place_override
-from srpo_core.files import free_bytes, nearest_existing, size_text, write_atomic
+from srpo_core.files import disk_of, free_bytes, nearest_existing, size_text, write_atomic
 from srpo_core.metrics import read_metrics
 
 FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute", "data.embeddings")
@@ -137,16 +137,27 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
-def check_space(config: RunConfig, checkpoint_bytes: int) -> None:
-    """ConfigError if the disk lacks room for the checkpoints that a run holds at once, less those there already"""
+def check_space(config: RunConfig, checkpoint_bytes: int, result_bytes: int = 0) -> None:
+    """ConfigError if a disk lacks room for the checkpoints that a run holds at once, less those there already, or for
+    the file of its result, which may lie on another one."""
     folder = Path(config.output.dir)
     free = free_bytes(folder)
     present = len(list_checkpoints(folder))
     at_once = min(config.output.keep_checkpoints + 2, config.optim.steps)  # the newest, the best, and one being written
     needed = max(1, at_once - present) * checkpoint_bytes
+    place = None if config.output.result is None else Path(config.output.result).absolute().parent
+    together = place is not None and disk_of(place) == disk_of(folder)
+    if together:
+        needed += result_bytes
+    elif place is not None and result_bytes > (room := free_bytes(place)):
+        raise ConfigError(
+            f"output.result={config.output.result!r}: the file needs about {size_text(result_bytes)}, {size_text(room)}"
+            " are free there; make room, name a file on another disk or train a LoRA"
+        )
     if needed > free:
         raise ConfigError(
-            f"output.dir={config.output.dir!r}: the run's checkpoints need about {size_text(needed)} more"
+            f"output.dir={config.output.dir!r}: the run's checkpoints{' and its result' if together else ''} need about"
+            f" {size_text(needed)} more"
             f" ({size_text(checkpoint_bytes)} each, {at_once} at once), {size_text(free)} are free; make room,"
             " name a folder on another disk, lower output.keep_checkpoints or train a LoRA"
         )

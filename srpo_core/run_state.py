@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from pydantic import TypeAdapter
 
 from srpo_core.config import ConfigError
 from srpo_core.files import write_atomic
 from srpo_core.metrics import metrics_file, read_metrics
+from srpo_core.processes import birth, is_running, lineage
 
 Status = Literal["starting", "training", "stopped", "finished", "failed", "killed"]
 ACTIVE: tuple[Status, ...] = ("starting", "training")
@@ -47,8 +47,8 @@ class RunState:
     status: Status
     """It is "starting" until models are loaded, while ending it loses nothing, then "training" until all is written."""
     pid: int
-    created: float
-    """When the process began, in seconds since 1970: with the pid, that names it for good."""
+    created: str
+    """When the process began (processes.birth): with the pid, that names it for good."""
     host: str
     error: str = ""
     """Why it failed, in the words that the command line would print."""
@@ -65,7 +65,9 @@ class RunState:
     """When it ended; of a killed one the last sign of life."""
     launcher: int = 0
     """The process that holds those of a run of several (torchrun); 0 where there is none."""
-    launcher_created: float = 0.0
+    launcher_created: str = ""
+    worked: float = 0.0
+    """Seconds that its parts before this one took."""
 
     @property
     def active(self) -> bool:
@@ -117,17 +119,23 @@ class Telling:
 
 def write_state(run_dir: Path, status: Status, steps: int, pid: int | None = None, error: str = "") -> None:
     """Say what the process `pid` (default: this one) does in a run's folder."""
-    Telling(run_dir, _state_of(status, steps, pid, error))
+    Telling(run_dir, replace(_state_of(status, steps, pid, error), worked=_worked(read_state(run_dir))))
 
 
 def _state_of(status: Status, steps: int, pid: int | None = None, error: str = "", launcher: int = 0) -> RunState:
-    process = psutil.Process(pid)
-    above = psutil.Process(launcher).create_time() if launcher else 0.0
+    pid = os.getpid() if pid is None else pid
     ended = None if status in ACTIVE else time.time()
     return RunState(
-        status, process.pid, process.create_time(), socket.gethostname(), error, steps=steps, began=time.time(),
-        ended=ended, launcher=launcher, launcher_created=above,
+        status, pid, birth(pid), socket.gethostname(), error, steps=steps, began=time.time(), ended=ended,
+        launcher=launcher, launcher_created=birth(launcher) if launcher else "",
     )  # fmt: skip
+
+
+def _worked(before: RunState | None) -> float:
+    """Seconds that a run had taken when it was in a state; none where no step of it is left."""
+    if before is None or not before.step:
+        return 0.0
+    return before.worked + max(0.0, (before.ended or before.began) - before.began)
 
 
 def read_state(run_dir: Path) -> RunState | None:
@@ -159,23 +167,6 @@ def is_alive(state: RunState) -> bool:
     return launched or is_running(state.pid, state.created)
 
 
-def is_running(pid: int, created: float) -> bool:
-    """Whether the process of this pid that began then is running."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) <= 1
-    except (psutil.NoSuchProcess, ValueError, OverflowError):  # or a number that is no pid
-        return False
-
-
-def lineage() -> set[int]:
-    """The pids of this process and of those it comes from; on Windows a virtual environment's Python is two of them."""
-    pids = {os.getpid(), os.getppid()}
-    with contextlib.suppress(psutil.Error):
-        pids |= {process.pid for process in psutil.Process().parents()}
-    return pids
-
-
 @contextlib.contextmanager
 def told(run_dir: Path, steps: int, launcher: int = 0) -> Iterator[Telling]:
     """Inside the context this process works on the run; an exception that leaves it is the reason why it failed.
@@ -185,8 +176,9 @@ def told(run_dir: Path, steps: int, launcher: int = 0) -> Iterator[Telling]:
     """
     before, state = read_state(run_dir), _state_of("starting", steps, launcher=launcher)
     if before is not None and before.pid in lineage():
-        state = replace(state, began=before.began)
+        state = replace(state, began=before.began, worked=before.worked)
     else:
+        state = replace(state, worked=_worked(before))
         clear_stop(run_dir)
     telling = Telling(run_dir, state)
     try:

@@ -6,8 +6,6 @@ import functools
 import hashlib
 import json
 import os
-import shlex
-import subprocess
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from srpo_core.report.data import read_runs
 from srpo_core.report.page import render
 from srpo_core.run_curves import curves, finite
 from srpo_core.run_pictures import preview_steps
+from srpo_core.run_sources import typed
 from srpo_core.run_state import LOG_FILE, RunState, log_tail, read_state, recent_metrics, seconds_left, stop_asked
 
 RECORD, PLAN, REPORT = "run.json", "plan.json", "report.html"
@@ -32,7 +31,7 @@ _READ = (RECORD, PLAN, REPORT, result.RECORD, run_state.FILE, LOG_FILE, "metrics
 MOST_LOG_LINES = 1000
 _UNKNOWN: dict[str, Any] = {
     **{"status": "stopped", "stopping": False, "phase": "", "phase_done": 0, "phase_total": 0, "step": 0, "steps": 0},
-    "began": 0.0,
+    **{"began": 0.0, "worked": 0.0},
     **dict.fromkeys(("seconds_left", "ended", "result", "preview_step")),
     **dict.fromkeys(("kind", "base", "reward", "version"), ""),
     **dict.fromkeys(("can_stop", "can_resume", "can_continue", "can_save"), False),
@@ -144,6 +143,7 @@ def summary(run_dir: Path) -> dict[str, Any]:
         "step": step,
         "steps": steps,
         "began": _began(run_dir, state),
+        "worked": state.worked if state is not None else 0.0,
         "ended": state.ended if state is not None and not active else None,
         "error": _error(config, state) or record["error"],
         "result": max(files, key=files.get, default=None),
@@ -260,8 +260,7 @@ def command(run_dir: Path) -> str:
     config = run_config(run_dir)
     if config is None:
         return ""
-    words = train_command(run_dir / RECORD, resume=True, parallel=config.parallel)
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return typed(train_command(run_dir / RECORD, resume=True, parallel=config.parallel))
 
 
 def report(run_dir: Path) -> str:

@@ -185,6 +185,12 @@ class ComfyPage:
         find = "(id) => app.graph.getNodeById(id).widgets.find((widget) => widget.name === 'srpo_run').element"
         return self.page.evaluate_handle(find, node).as_element()
 
+    def show(self, kind: str = "SRPOTrainingStatus", **values: Any) -> Any:
+        """Put a node alone into the graph: the element with its view of a training."""
+        node = self.add(kind, **values)
+        self.settled()
+        return self.live_box(node)
+
     def training(self, box: Any) -> dict[str, Any]:
         """What stands in an element's view of a training."""
         return self.page.evaluate(TRAINING, box)

@@ -16,16 +16,12 @@ import psutil
 from comfyui_server import Result, Server
 from comfyui_shown import node
 
+from srpo_core.config import RunConfig
+from srpo_core.description import load_run
 from srpo_core.metrics import read_metrics
 from srpo_core.run_state import ACTIVE, log_tail
 
 BUILT_IN = "miniature (built in)"
-SHORT = [
-    "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=2", "output.preview_steps=2",
-    "output.preview_prompts=2", "output.evaluate_prompts=0", "output.tensorboard=false", "output.checkpoint_every=2",
-    "optim.schedule=constant", "lora.rank=4", "parallel.share_gpu=true",
-]  # fmt: skip
-"""Settings of a short run of the miniature that is started without a graph."""
 QUICK = {
     "data.batch_size": 1, "rollout.num_steps": 2, "output.preview_steps": 2, "output.preview_prompts": 2,
     "output.evaluate_prompts": 0, "output.tensorboard": "false", "optim.schedule": "constant",
@@ -45,6 +41,13 @@ def train(name: str, settings: dict[str, Any] | None = None, quick: bool = True,
     lines = {**(QUICK if quick else {}), **(settings or {})}
     more = "\n".join(f"{key}={value}" for key, value in lines.items())
     return node("SRPOTrain", **{**DEFAULTS, "name": name, "more_settings": more, **inputs})
+
+
+def quick_run(folder: Path, steps: int, settings: dict[str, Any] | None = None) -> RunConfig:
+    """The description of such a run, to be started without a graph."""
+    own = {"output.preview_every": 2, "output.checkpoint_every": 2, "lora.rank": 4, "parallel.share_gpu": "true"}
+    lines = {**QUICK, **own, "optim.steps": steps, "output.dir": folder, **(settings or {})}
+    return load_run("miniature", [f"{key}={value}" for key, value in lines.items()])
 
 
 def graph(name: str, settings: dict[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_runs import make_run
 from tiny import tiny_config
 
-from srpo_core import cli, commands
+from srpo_core import cli, commands, run_sources
 from srpo_core.errors import TrainingError
 
 PROJECT = Path(__file__).parents[1]
@@ -236,19 +238,26 @@ def test_doctor(capsys):
 
 def test_hints_repeat_how_the_program_was_started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/srpo", "train"])
-    assert commands.command_line("report", "my run") == "srpo report 'my run'"
+    assert run_sources.command_line("report", "my run") == "srpo report 'my run'"
     monkeypatch.setattr(sys, "argv", ["/x/srpo_core/__main__.py", "train"])
-    assert commands.command_line("report") == "python /x/srpo_core/__main__.py report"
+    assert run_sources.command_line("report") == "python /x/srpo_core/__main__.py report"
+
+
+def test_a_command_to_type_is_quoted_for_the_shell_that_is_here(monkeypatch):
+    words = [r"C:\Program Files\python.exe", "train", r"C:\runs\my look\run.json"]
+    assert shlex.split(run_sources.typed(words)) == words
+    monkeypatch.setattr(run_sources, "os", SimpleNamespace(name="nt"))
+    assert run_sources.typed(words) == r'"C:\Program Files\python.exe" train "C:\runs\my look\run.json"'
 
 
 def test_a_run_folder_stands_for_its_description(tmp_path):
     run = make_run(tmp_path / "run", evaluation=False, previews=False)
-    assert commands.run_source(str(run)) == str(run / "run.json")
-    assert commands.run_source("x.yaml") == "x.yaml"
+    assert run_sources.run_source(str(run)) == str(run / "run.json")
+    assert run_sources.run_source("x.yaml") == "x.yaml"
 
 
 def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
     run = make_run(tmp_path / "run", evaluation=False, previews=False)
     moved = run.rename(tmp_path / "moved")
-    assert commands.train_config(str(moved)).output.dir == str(moved)
-    assert commands.train_config(str(moved), ["output.dir=other"]).output.dir == "other"
+    assert run_sources.train_config(str(moved)).output.dir == str(moved)
+    assert run_sources.train_config(str(moved), ["output.dir=other"]).output.dir == "other"

@@ -1,10 +1,13 @@
 """Runs in processes of their own: real ones, of the toy world, and of the miniature by the commands."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,36 @@ def test_stopped_between_steps_and_resumed(tmp_path):
     last = until(folder, ended)
     assert (last.status, last.step) == ("finished", state.step + 1)
     assert [line["step"] for line in read_metrics(folder)][-2:] == [state.step, state.step + 1]
+
+
+def test_two_who_start_a_run_at_once(tmp_path, monkeypatch):
+    """Two pages that resume it, say: one has it, and the other one reads so; the run's state stays its own."""
+    folder, both, prepare = tmp_path / "run", threading.Barrier(2), launch._prepare
+
+    def prepared(*given):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1)  # so that nobody is late
+        return prepare(*given)
+
+    monkeypatch.setattr(launch, "_prepare", prepared)
+    monkeypatch.setenv("SRPO_LOCKS", str(tmp_path / "locks"))
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(launch.start, run(folder, 9999)) for _ in range(2)]
+    (pid,) = [start.result() for start in starts if start.exception() is None]
+    (error,) = filter(None, [start.exception() for start in starts])
+    assert isinstance(error, ConfigError) and "at work on this run" in str(error)
+    assert read_state(folder).pid == pid
+
+
+def test_the_time_of_a_run_is_that_of_all_its_parts(tmp_path):
+    parts = []
+    for steps in (1, 2):
+        launch.start(run(tmp_path, steps), resume=steps > 1)
+        until(tmp_path, ended)
+        parts.append(read_state(tmp_path))
+    first, last = parts
+    assert first.worked == 0
+    assert last.worked == first.ended - first.began > 0
 
 
 def test_stopped_while_it_starts(tmp_path):

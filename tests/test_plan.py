@@ -15,7 +15,7 @@ from tiny import tiny_config, tiny_flow
 from tiny_flux import save_tiny_flux
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from srpo_core import checks, plan
+from srpo_core import checks, plan, run_folder
 from srpo_core.assemble import assemble
 from srpo_core.checks import Footprint, footprint_of
 from srpo_core.cli import main
@@ -23,6 +23,7 @@ from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run
 from srpo_core.plan import Plan, plan_run
 from srpo_core.rewards.clip_files import new_open_clip
+from srpo_core.run_folder import check_space
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -79,6 +80,25 @@ def test_the_disk_is_asked_before_anything_is_loaded(files, tmp_path, monkeypatc
         assemble(load_run("flux-dev", [*files, f"output.dir={tmp_path / 'run'}"]))
 
 
+def test_the_results_disk_is_asked_too(tmp_path, monkeypatch):
+    """It may be another one than the run's; on the same, the file comes on top of the checkpoints."""
+    usage, GiB = namedtuple("usage", "total used free"), 2**30
+    run, models = tmp_path / "run", tmp_path / "models"
+    for folder in (run, models):
+        folder.mkdir()
+    free = {run: 40 * GiB, models: 5 * GiB}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free[Path(path)]))
+    config = tiny_config(run, optim__steps=1, output__result=str(models / "later" / "model.safetensors"))
+    check_space(config, 35 * GiB, 5 * GiB)
+    with pytest.raises(ConfigError, match=r"36.0 GiB each, 1 at once\), 40.0 GiB are free") as error:
+        check_space(config, 36 * GiB, 6 * GiB)
+    assert "checkpoints and its result need about 42.0 GiB more" in str(error.value)
+    monkeypatch.setattr(run_folder, "disk_of", lambda path: path == run)
+    check_space(config, 36 * GiB, 5 * GiB)
+    with pytest.raises(ConfigError, match=r"output.result=.*6.0 GiB, 5.0 GiB are free there"):
+        check_space(config, 36 * GiB, 6 * GiB)
+
+
 def test_a_device_that_cannot_hold_the_weights_is_refused_before_they_are_read(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checks, "device_memory", lambda device: 80 * 10**9)
     assert main(["train", "flux-dev", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
@@ -92,6 +112,8 @@ def test_memory_is_counted_by_hand():
     averaged = RunConfig(optim={"ema_decay": 0.9}, model={"dtype": "float32"})
     assert lora.least_bytes(RunConfig()) == 160 + 2000 and lora.least_bytes(averaged) == 200 + 4000
     assert lora.checkpoint_bytes(averaged) == 160
+    assert lora.result_bytes(RunConfig(lora={"rank": 2})) == 40
+    assert (full.result_bytes(RunConfig()), full.result_bytes(averaged)) == (2000, 4000)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora__rank": 2}, {"lora__rank": 3, "lora__targets": "attention"}])

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 import time
 
+import psutil
 import pytest
 
 from srpo_core import cli, launch
@@ -25,16 +27,27 @@ def test_a_reused_pid_is_not_the_run(tmp_path):
     assert read_state(tmp_path).status == "training"
     text = (tmp_path / "state.json").read_text()
     created = read_state(tmp_path).created
-    (tmp_path / "state.json").write_text(text.replace(str(created), str(created - 100)))
+    (tmp_path / "state.json").write_text(text.replace(created, f"{created}0"))
     assert read_state(tmp_path).status == "killed"
     (tmp_path / "state.json").write_text("{")
     assert read_state(tmp_path) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system keeps what the clock said then")
+def test_a_clock_that_is_set_changes_nothing(tmp_path, monkeypatch):
+    """What psutil gives for a start moves with the clock, as the time of the machine's own start does."""
+    write_state(tmp_path, "training", 10)
+    created, own = read_state(tmp_path).created, psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: own(process) + 3600)
+    assert read_state(tmp_path).status == "training"
+    write_state(tmp_path, "training", 10)
+    assert read_state(tmp_path).created == created
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"pid": "x"}, {"pid": None}, {"pid": 1.5}, {"created": "x"}, {"created": None}, {"error": 5}, {"host": 3},
+        {"pid": "x"}, {"pid": None}, {"pid": 1.5}, {"created": 1.5}, {"created": None}, {"error": 5}, {"host": 3},
         {"launcher": "x"}, {"status": "odd"}, {"phase_total": "x"}, {"steps": []},
     ],
 )  # fmt: skip

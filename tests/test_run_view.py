@@ -26,7 +26,7 @@ from srpo_core.run_state import ask_to_stop, write_state
 SIZE = (40, 56)
 KEYS = {
     "name", "status", "stopping", "phase", "phase_done", "phase_total", "step", "steps", "seconds_left", "began",
-    "ended", "error", "result", "kind", "base", "reward", "preview_step", "version", "can_stop", "can_resume",
+    "worked", "ended", "error", "result", "kind", "base", "reward", "preview_step", "version", "can_stop", "can_resume",
     "can_continue", "can_save",
 }  # fmt: skip
 

@@ -194,12 +194,24 @@ def prompts_of(workflow, kind):
     return [node["inputs"] for node in prompt_of(workflow, KNOWN).values() if node["class_type"] == kind]
 
 
+def source_of(workflow, node, socket):
+    """The id of the node that a socket's wire comes from; None without one."""
+    (wire,) = (slot["link"] for slot in node["inputs"] if slot["name"] == socket)
+    return next((link[1] for link in workflow["links"] if link[0] == wire), None)
+
+
 @pytest.mark.parametrize("file", TRAINING, ids=lambda file: file.stem)
 def test_what_a_training_gives_is_used_in_the_same_queue(file):
-    """A LoRA goes through ComfyUI's own loader into the comparison with the base; all weights become a file."""
+    """A LoRA goes through ComfyUI's own loader into the comparison with the base; all weights become a file.
+
+    The comparison goes by the training's own reward and words.
+    """
     workflow = read(file)
     prompt = prompt_of(workflow, KNOWN)
     (compare,) = nodes_of(workflow, "SRPOCompare")
+    (trainer,) = nodes_of(workflow, "SRPOTrain")
+    for judge in ("reward", "words"):
+        assert source_of(workflow, compare, judge) == source_of(workflow, trainer, judge) is not None
     if file.stem == "train_full":
         (train,) = prompts_of(workflow, "SRPOTrain")
         assert load_run(train["recipe"]).lora.rank == 0

@@ -52,7 +52,7 @@ export const STYLE = `
 .srpo-button[aria-pressed=true] { background: color-mix(in srgb, var(--fg-color) 18%, transparent); }
 .srpo-button.main { background: var(--srpo-blue); border-color: var(--srpo-blue); color: #fff; }
 .srpo-button.danger { color: var(--srpo-red); border-color: color-mix(in srgb, var(--srpo-red) 60%, transparent); }
-.srpo-run .said { color: var(--descrip-text); }
+.srpo-run .said { color: var(--descrip-text); white-space: pre-wrap; }
 .srpo-run .said.bad { color: var(--srpo-red); }
 .srpo-run form { display: flex; align-items: center; gap: 6px; }
 .srpo-run form input { width: 54px; box-sizing: border-box; font: inherit; color: inherit; padding: 1px 5px; border-radius: 4px; border: 1px solid var(--border-color); background: var(--comfy-input-bg); }

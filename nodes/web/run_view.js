@@ -236,7 +236,8 @@ export class RunView {
     this.resume.hidden = !data.can_resume;
     this.more.hidden = !data.can_continue;
     this.steps.min = data.steps + 1;
-    this.steps.value ||= data.steps * 2;
+    const typing = document.activeElement === this.steps;
+    if (!typing && !(Number(this.steps.value) > data.steps)) this.steps.value = data.steps * 2;
     this.save.hidden = !data.can_save;
     this.save.textContent = data.kind === "full" ? "Save model" : "Save LoRA";
     this.report.hidden = !curves;

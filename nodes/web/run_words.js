@@ -29,7 +29,7 @@ export function progressText(data) {
   const counted = data.phase_total ? ` ${data.phase_done ?? 0}/${data.phase_total}` : "";
   const phase = data.phase && data.phase !== "training" && active(data) ? `${data.phase}${counted}` : "";
   if (data.status === "starting") return phase || "the process is starting";
-  const took = data.began && data.ended && !active(data) ? ` ${data.status === "finished" ? "in" : "after"} ${duration(data.ended - data.began)}` : "";
+  const took = data.began && data.ended && !active(data) ? ` ${data.status === "finished" ? "in" : "after"} ${duration((data.worked ?? 0) + data.ended - data.began)}` : "";
   const steps = data.status === "finished" ? `${data.steps} steps` : `step ${data.step} of ${data.steps}`;
   const result = data.result ? `saved as ${base(data.result)}` : "";
   return [`${steps}${took}`, phase, result].filter(Boolean).join(" · ");

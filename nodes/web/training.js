@@ -115,6 +115,12 @@ class LiveView {
     this.drawIdle();
   }
 
+  /** What the server tells of a node is for every page that is open; another one's graph may have a node of this id. */
+  heard(run) {
+    const asked = this.asked();
+    if (!asked || (this.node.type === STATUS ? run === asked : comesOf(run, asked))) this.announce(run);
+  }
+
   announce(run) {
     this.announced = run;
     this.failed("");
@@ -157,7 +163,7 @@ app.registerExtension({
   name: "SRPO.training",
 
   setup() {
-    api.addEventListener("srpo.run", ({ detail }) => withView(nodeOf(detail.node), (view) => view.announce(detail.run)));
+    api.addEventListener("srpo.run", ({ detail }) => withView(nodeOf(detail.node), (view) => view.heard(detail.run)));
     api.addEventListener("execution_error", ({ detail }) => withView(nodeOf(detail.node_id), (view) => view.failed(detail.exception_message ?? "")));
   },
 

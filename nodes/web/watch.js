@@ -6,6 +6,7 @@ import { api } from "../../scripts/api.js";
 const TICK = 500; // milliseconds between looks at what can be seen
 const SOON = 1500; // between questions about a run at work
 const LATER = 10000; // between questions about others
+const PATIENCE = 30000; // for an answer: a connection that has gone, as a laptop sleeps, never says so
 const ACTIVE = ["starting", "training", "stopping"];
 const views = new Set();
 const asked = new Map(); // by address without its query: {last: when, busy}
@@ -81,7 +82,7 @@ async function ask(key, path, told, failed) {
   const now = { last: Date.now(), busy: true };
   asked.set(key, now);
   try {
-    told(await answer(path));
+    told(await answer(path, { signal: AbortSignal.timeout(PATIENCE) }));
   } catch (error) {
     failed(error);
   } finally {
@@ -124,10 +125,8 @@ function tick() {
   const listing = seen.filter((view) => view.lists());
   const quick = listing.some((view) => view.lists() === "always") && all.runs.some(active);
   if (listing.length && due(LIST, quick ? SOON : LATER)) askForList();
-  const lines = new Map();
-  for (const view of seen) if (view.name()) lines.set(view.name(), Math.max(lines.get(view.name()) ?? 0, view.lines()));
-  for (const [name, count] of lines) {
-    if (due(name, active(known(name).data) ? SOON : LATER)) askForRun(name, count);
+  for (const name of new Set(seen.map((view) => view.name()).filter(Boolean))) {
+    if (due(name, active(known(name).data) ? SOON : LATER)) askForRun(name, linesOf(seen, name));
   }
 }
 
@@ -154,7 +153,9 @@ export function visible(element) {
 }
 
 /** Ask about a run now, though nobody may see it: something of it has just ended. */
-export const askNow = (name) => askForRun(name, 0);
+export const askNow = (name) => askForRun(name, linesOf([...views], name));
+
+const linesOf = (seen, name) => Math.max(0, ...seen.filter((view) => view.name() === name).map((view) => view.lines()));
 
 /** Ask about a run (or, with none, for the list) at the next look. */
 export function hurry(name = LIST) {

@@ -41,7 +41,7 @@ def train_lora(graph: Graph, world: World) -> None:
     given = _to_learn(graph, world, {"source": "text", "text": PROMPTS})
     given |= _finer_settings(graph)
     trained = _train(graph, world, given | {"name": "my-look", "steps": 40})
-    _use(graph, world, trained, given["reward"])
+    _use(graph, world, trained, given)
 
 
 def train_photos(graph: Graph, world: World) -> None:
@@ -50,7 +50,7 @@ def train_photos(graph: Graph, world: World) -> None:
     given = _to_learn(graph, world, {"source": "photos", "path": PHOTOS})
     given |= _finer_settings(graph)
     trained = _train(graph, world, given | {"name": "my-photos", "steps": 40})
-    _use(graph, world, trained, given["reward"])
+    _use(graph, world, trained, given)
 
 
 def train_full(graph: Graph, world: World) -> None:
@@ -68,7 +68,7 @@ def train_full(graph: Graph, world: World) -> None:
     base, clip, vae = world.models(graph, file=FLUX)
     own = graph.add("SRPOLoadCheckpoint", {"checkpoint": "my-model.safetensors"}, width=360).out()
     graph.column()
-    models = {"model_a": base, "model_b": own, "label_b": "my-model", "reward": given["reward"]}
+    models = {"model_a": base, "model_b": own, "label_b": "my-model", **_judges(given)}
     _compare(graph, world, models, clip, vae)
 
 
@@ -85,7 +85,7 @@ def train_miniature(graph: Graph, world: World) -> None:
     quick = "output.preview_steps=12\noutput.evaluate_prompts=16"
     given |= {"preview_every": 4, "checkpoint_every": 5, "more_settings": quick}
     trained = _train(graph, world, given | {"name": "my-miniature", "steps": 20})
-    _use(graph, world, trained, given["reward"])
+    _use(graph, world, trained, given)
 
 
 def _to_learn(graph: Graph, world: World, prompts: Json) -> Json:
@@ -118,7 +118,12 @@ def _train(graph: Graph, world: World, given: Json) -> Node:
     return graph.add("SRPOTrain", {**named, **given}, width=460, height=1210, models=list(files.values()))
 
 
-def _use(graph: Graph, world: World, trained: Node, reward: Wire) -> None:
+def _judges(given: Json) -> Json:
+    """What SRPO Compare judges by: the training's own reward and words."""
+    return {name: given[name] for name in ("reward", "words")}
+
+
+def _use(graph: Graph, world: World, trained: Node, learned: Json) -> None:
     """The base without and with the LoRA as it came out of the training, drawn and judged in the same queue."""
     graph.row()
     graph.group("4  The new LoRA on the base", GREEN)
@@ -126,12 +131,12 @@ def _use(graph: Graph, world: World, trained: Node, reward: Wire) -> None:
     world.beside_loaders(graph)
     given = {"model": model, "lora": trained.out("lora"), "strength_model": 1.0}
     tuned = graph.add("LoraModelLoader", given, width=340).out()
-    models = {"model_a": model, "model_b": tuned, "label_b": "with LoRA", "reward": reward}
+    models = {"model_a": model, "model_b": tuned, "label_b": "with LoRA", **_judges(learned)}
     _compare(graph, world, models, clip, vae)
 
 
 def _compare(graph: Graph, world: World, judged: Json, clip: Wire, vae: Wire) -> None:
-    """One prompt drawn by two models from the same noise; `judged` are SRPO Compare's models, names and reward."""
+    """One prompt drawn by two models from the same noise; `judged`: SRPO Compare's models, names, reward and words."""
     text = world.prompt("An old man sells umbrellas under a railway bridge on a rainy morning",
                         "three blue stars at night")  # fmt: skip
     prompt = prompt_box(graph, text)

@@ -137,3 +137,14 @@ def test_a_reward_without_a_prompt_is_refused_before_pictures_are_drawn(server):
     result = server.run(world() | {"compare": compare(reward=["reward", 0], prompt=" ", seed=99)})
     assert "prompt: it is empty" in result.error
     assert not [event for event in result.of("progress") if event["node"] == "compare"]
+
+
+def test_the_words_of_a_training_stand_above_its_own(server):
+    mine, others = {"liked": "Detail, Real", "disliked": "Oil, Flat"}, {"liked": "Anime", "disliked": "Real"}
+    control = {"words": node("SRPOControlWords", **mine, margin=0.5)}
+    tables = []
+    for asked, more in ((mine, {}), (others, {"words": ["words", 0]})):
+        compared = compare(reward=["reward", 0], prompt=PROMPT, **asked, **more)
+        tables.append(server.run(world() | control | {"compare": compared}).outputs["compare"]["srpo_table"])
+    assert tables[0] == tables[1]
+    assert tables[0][0]["rows"][1][0] == "relative score"

@@ -1,32 +1,24 @@
-"""Trainings in ComfyUI's real page: the live view in nodes, the side panel, in two browsers, and what is asked when."""
+"""Views of runs in ComfyUI's real page: in nodes and in the side panel, and what is asked when."""
 
 import itertools
 import subprocess
 import sys
 
-import comfyui_training
 import pytest
 import torch
-from comfyui_page import comfy_page, missing
+from comfyui_page import missing
 from comfyui_server import NAME
 from comfyui_side import needs_comfyui
 from fake_runs import PROMPTS, make_run
 
-from srpo_core import launch
-from srpo_core.description import load_run
 from srpo_core.metrics import read_metrics
 from srpo_core.preview import save_preview
-from srpo_core.run_state import read_state, write_state
+from srpo_core.run_state import write_state
 
 pytestmark = [needs_comfyui, pytest.mark.skipif(bool(missing()), reason=f"no page: {missing()}")]
 
-STATUS = "SRPOTrainingStatus"
 MARKUP = "<img src=x onerror='window.broken = true'> & <b>bold</b>"
 PANEL = "Workspace.ToggleSidebarTab.srpo-runs"
-LISTS_LORA = """(name) => {
-  const [first, second] = LiteGraph.registered_node_types.LoraLoader.nodeData.input.required.lora_name;
-  return [first, second?.options].some((list) => Array.isArray(list) && list.includes(name));
-}"""
 
 
 def made(folder, steps=40, of=None):
@@ -63,13 +55,6 @@ def failed(runs):
     return folder
 
 
-def show(page, kind=STATUS, **values):
-    """A node alone in the graph: its box."""
-    node = page.add(kind, **values)
-    page.settled()
-    return page.live_box(node)
-
-
 def asked(page, milliseconds=4000):
     """Addresses of ours that the page asks for in some time, without the ones of before."""
     page.page.wait_for_timeout(1000)  # what is on its way has come
@@ -83,7 +68,7 @@ def asked(page, milliseconds=4000):
 
 def test_a_finished_run_in_a_node(clean, finished):
     """Its curves, each with its last value, its newest preview, and what can be done with it."""
-    shown = clean.until_training(show(clean, run=finished.name), lambda shown: shown["preview"])
+    shown = clean.until_training(clean.show(run=finished.name), lambda shown: shown["preview"])
     assert (shown["name"], shown["status"], shown["percent"]) == (finished.name, "Finished", 100)
     assert "40 steps" in shown["line"]
     assert shown["curves"] == [2, 1]
@@ -98,7 +83,7 @@ def test_a_finished_run_in_a_node(clean, finished):
 
 
 def test_a_run_at_work_in_a_node(clean, working):
-    box = show(clean, run=working.name)
+    box = clean.show(run=working.name)
     shown = clean.until_training(box, lambda shown: shown["preview"])
     assert (shown["status"], shown["percent"], shown["line"]) == ("Training", 50, "step 20 of 40")
     assert shown["left"].startswith("about ")
@@ -108,7 +93,7 @@ def test_a_run_at_work_in_a_node(clean, working):
 
 def test_log_and_plan_open_and_close(clean, working):
     (working / "train.log").write_text("".join(f"line {i}\n" for i in range(100)))
-    box = show(clean, run=working.name)
+    box = clean.show(run=working.name)
     assert clean.until_training(box, lambda shown: shown["status"])["log"] == ""
     box.query_selector("footer button:text-is('Log')").click()
     log = clean.until_training(box, lambda shown: "line 99" in shown["log"])["log"]
@@ -124,7 +109,7 @@ def test_log_and_plan_open_and_close(clean, working):
 
 
 def test_earlier_previews(clean, finished):
-    box = show(clean, run=finished.name)
+    box = clean.show(run=finished.name)
     clean.until_training(box, lambda shown: "step=40" in shown["preview"])
     clean.page.evaluate(
         """(slider) => { slider.value = 2; slider.dispatchEvent(new Event("input")); }""",
@@ -134,15 +119,27 @@ def test_earlier_previews(clean, finished):
     assert shown["caption"] == "before | after 20 steps"
 
 
+def test_training_on_is_offered_to_a_later_step(clean, finished):
+    """A step that has been reached meanwhile is none."""
+    box = clean.show(run=finished.name)
+    clean.until_training(box, lambda shown: shown["name"])
+    steps = box.query_selector("form input")
+    assert steps.input_value() == "80"
+    clean.page.evaluate("(input) => (input.value = 40)", steps)
+    for _ in range(2):
+        box.query_selector("footer button:text-is('Plan')").click()
+    assert steps.input_value() == "80"
+
+
 def test_a_tab_shows_other_curves(clean, finished):
-    box = show(clean, run=finished.name)
+    box = clean.show(run=finished.name)
     clean.until_training(box, lambda shown: shown["curves"])
     box.query_selector("nav button:text-is('Loss')").click()
     assert list(clean.training(box)["legends"][0]) == ["loss"]
 
 
 def test_why_a_run_failed_is_no_markup(clean, failed):
-    shown = clean.until_training(show(clean, run=failed.name), lambda shown: shown["error"])
+    shown = clean.until_training(clean.show(run=failed.name), lambda shown: shown["error"])
     assert (shown["error"], shown["status"]) == (MARKUP, "Failed")
     assert "Resume" in shown["buttons"]
     assert clean.page.evaluate("window.broken") is None
@@ -150,7 +147,7 @@ def test_why_a_run_failed_is_no_markup(clean, failed):
 
 def test_a_node_follows_its_widget(clean, finished, working):
     """Another name in the widget is another run, and one that nobody has trained is said to be none."""
-    box = show(clean, run=finished.name)
+    box = clean.show(run=finished.name)
     clean.until_training(box, lambda shown: shown["name"] == finished.name)
     set_name = "(name) => (app.graph.nodes[0].widgets[0].value = name)"
     clean.page.evaluate(set_name, working.name)
@@ -161,7 +158,7 @@ def test_a_node_follows_its_widget(clean, finished, working):
 
 
 def test_the_view_is_no_setting(clean, finished):
-    box = show(clean, run=finished.name)
+    box = clean.show(run=finished.name)
     clean.until_training(box, lambda shown: shown["name"])
     (node,) = clean.serialized()["nodes"]
     assert node["widgets_values"] == [finished.name]
@@ -170,7 +167,7 @@ def test_the_view_is_no_setting(clean, finished):
 
 
 def test_a_run_comes_back_with_the_page(clean, finished):
-    show(clean, run=finished.name)
+    clean.show(run=finished.name)
     saved = clean.serialized()
     clean.reload()
     clean.load(saved)
@@ -181,7 +178,7 @@ def test_a_run_comes_back_with_the_page(clean, finished):
 
 def test_nothing_is_asked_about_what_is_out_of_sight(clean, working):
     """A run at work is asked about while its node can be seen, and no more when it is scrolled away or gone."""
-    box = show(clean, run=working.name)
+    box = clean.show(run=working.name)
     clean.until_training(box, lambda shown: shown["name"])
     assert len(asked(clean)) >= 2
     clean.page.evaluate("() => { app.canvas.ds.offset = [9000, 9000]; app.canvas.draw(true, true); }")
@@ -195,7 +192,7 @@ def test_nothing_is_asked_about_what_is_out_of_sight(clean, working):
 
 
 def test_only_new_steps_are_asked_for(clean, working):
-    box = show(clean, run=working.name)
+    box = clean.show(run=working.name)
     clean.until_training(box, lambda shown: shown["name"])
     assert all("after=20" in address for address in asked(clean) if working.name in address)
 
@@ -238,89 +235,6 @@ def test_a_closed_panel_asks_nothing(clean, panel, working):
     assert asked(clean) == []
     clean.command(PANEL)
     assert asked(clean)
-
-
-def test_a_real_training_in_two_browsers(clean, browser, server, runs):
-    """One stops it and both see that; it is resumed, ends, and its file is in the loaders' lists without a reload."""
-    name = f"page-real-{'vue' if clean.page.evaluate('LiteGraph.vueNodesMode') else 'canvas'}"
-    result = server.base / "models" / "loras" / f"{name}.safetensors"
-    settings = [*comfyui_training.SHORT, "optim.steps=400", f"output.dir={runs / name}", f"output.result={result}"]
-    launch.start(load_run("miniature", settings))
-    vue = clean.page.evaluate("LiteGraph.vueNodesMode")
-    with comfy_page(browser, server, vue_nodes=vue) as other:
-        boxes = [(page, show(page, run=name)) for page in (clean, other)]
-        for page, box in boxes:
-            page.until_training(box, lambda shown: shown["status"] == "Training" and shown["curves"])
-        other_page, other_box = boxes[1]
-        other_box.query_selector("footer button:text-is('Stop')").click()
-        for page, box in boxes:
-            shown = page.until_training(box, lambda shown: shown["status"] == "Stopped")
-            assert "Resume" in shown["buttons"]
-        stopped = read_state(runs / name).step
-        assert stopped < 400
-        box = boxes[0][1]
-        launch.resume(runs / name, steps=stopped + 3)
-        for page, one in boxes:
-            page.until_training(one, lambda shown: shown["status"] == "Finished")
-        shown = clean.until_training(box, lambda shown: f"saved as loras/{result.name}" in shown["line"])
-        assert shown["percent"] == 100
-        clean.page.wait_for_function(LISTS_LORA, arg=result.name)
-        assert other_page.errors == []
-
-
-def quick_train(page, name, **values):
-    """SRPO Train alone in the graph, for a few quick steps of the miniature: its id."""
-    more = "\n".join(f"{key}={value}" for key, value in comfyui_training.QUICK.items())
-    return page.add("SRPOTrain", **{"name": name, "steps": 3, "preview_every": 2, "more_settings": more, **values})
-
-
-def test_a_training_that_the_page_queues(clean):
-    """Its node shows the run from the start to the end, and again after a reload; the view is no setting."""
-    name = f"page-queued-{'vue' if clean.page.evaluate('LiteGraph.vueNodesMode') else 'canvas'}"
-    node = quick_train(clean, name)
-    saved = clean.serialized()
-    inputs = clean.page.evaluate("async (id) => Object.keys((await app.graphToPrompt()).output[id].inputs)", node)
-    assert "srpo_run" not in inputs
-    box = clean.live_box(node)
-    clean.until_training(box, lambda shown: name in shown["idle"])
-    clean.queue()
-    starting = clean.until_training(box, lambda shown: shown["name"] == name)
-    assert "Stop" in starting["buttons"]
-    end = clean.end()
-    assert end["type"] == "execution_success", end["detail"]
-    shown = clean.until_training(box, lambda shown: shown["status"] == "Finished" and shown["preview"])
-    assert f"saved as loras/{name}.safetensors" in shown["line"]
-    clean.page.wait_for_function(LISTS_LORA, arg=f"{name}.safetensors")
-    clean.reload()
-    clean.load(saved)
-    clean.settled()
-    assert clean.until_training(clean.live_box(node), lambda shown: shown["preview"])["status"] == "Finished"
-
-
-def test_a_plan_that_is_only_checked(clean):
-    node = quick_train(clean, "page-nothing-here", mode="check only")
-    end = clean.run()
-    assert end["type"] == "execution_success", end["detail"]
-    box = clean.live_box(node)
-    rows = clean.page.wait_for_function("(box) => box.querySelector('.srpo-table tbody')?.innerText", arg=box)
-    assert "memory" in rows.json_value()
-    assert clean.training(box)["name"] == ""
-
-
-def test_a_refusal_stands_in_the_node(clean):
-    """Until the node runs again, and then no more."""
-    node = quick_train(clean, "page-refused", mode="check only", more_settings="optim.nonsense=1")
-    box = clean.live_box(node)
-    end = clean.run()
-    assert end["type"] == "execution_error"
-    shown = clean.until_training(box, lambda shown: shown["refusal"])
-    assert "optim.nonsense" in shown["refusal"]
-    assert shown["idle"] == ""
-    clean.page.evaluate(
-        "(id) => app.graph.getNodeById(id).widgets.find((one) => one.name === 'more_settings').value = ''", node
-    )
-    assert clean.run()["type"] == "execution_success"
-    clean.until_training(box, lambda shown: shown["refusal"] == "")
 
 
 CHART = f"await import('/extensions/{NAME}/chart.js')"

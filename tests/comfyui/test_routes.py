@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 from comfyui_side import needs_comfyui
-from comfyui_training import SHORT
+from comfyui_training import quick_run
 from PIL import Image
 
 from srpo_core import launch
@@ -27,10 +27,7 @@ LIMIT = 180
 def train(runs, name, steps):
     """Train a quick run to its end, or for its first steps if it is to stand at fewer than `steps`."""
     result = runs.parents[1] / "models" / "loras" / f"{name}.safetensors"
-    config = load_run(
-        "miniature", [*SHORT, f"optim.steps={steps}", f"output.dir={runs / name}", f"output.result={result}"]
-    )
-    launch.start(config)
+    launch.start(quick_run(runs / name, steps, {"output.result": result}))
     return runs / name
 
 
@@ -38,6 +35,7 @@ def train(runs, name, steps):
 def finished(server, runs):
     folder = train(runs, "done", 4)
     until(server, "done", lambda run: run["ended"])
+    until(server, "done", lambda run: not is_alive(read_state(folder)))  # it has said all that it has to say
     return folder
 
 

@@ -14,6 +14,7 @@ from comfyui_training import (
     end_trainings,
     graph,
     lora_file,
+    meanwhile,
     refusal,
     runs,
     state,
@@ -154,6 +155,41 @@ def test_a_run_at_work_is_attached_to(server):
     assert texts(result, "path") == [str(lora_file(server, "shared"))]
 
 
+def test_queued_while_the_run_still_stops(server):
+    """It goes on once it has stopped, whatever the graph does with it then."""
+    ran(server, graph("stopping", steps=400, mode="background"))
+    folder = runs(server) / "stopping"
+    pid = at_work(folder, "training", step=1)["pid"]
+    assert server.send("/srpo/runs/stopping/stop", {})[0] == 200
+    ran(server, graph("stopping", steps=400, mode="background", preview_every=3))
+    found = read_state(folder)
+    assert found.active and found.pid != pid
+
+
+def test_cancelled_while_it_is_checked(server):
+    """Nothing is begun then, in the background either."""
+
+    def cancel(event):
+        if event["type"] == "executing" and event["data"]["node"] == "train":
+            server.interrupt()
+
+    result = server.run(graph("never", steps=400, mode="background"), cancel)
+    assert result.of("execution_interrupted")
+    assert not (runs(server) / "never").exists()
+
+
+def test_a_state_that_can_not_be_read_for_a_moment(server):
+    folder = runs(server) / "unread"
+
+    def hide():
+        at_work(folder, "training", step=1)
+        (folder / "state.json").rename(folder / "hidden.json")
+
+    with meanwhile(hide):
+        result = server.run(graph("unread", steps=30))
+    assert result.status == "success", result.error
+
+
 def test_stop_in_the_page_ends_the_graph_as_cancel_does(server):
     folder = runs(server) / "halted"
     asked = []
@@ -174,7 +210,12 @@ def test_stop_in_the_page_ends_the_graph_as_cancel_does(server):
         ({"base": "none.safetensors"}, "base"),
         ({"steps": 0}, "steps"),
         ({"recipe": "none"}, "recipe"),
-        ({"more_settings": "optim.lrr=3"}, "optim.lr"),
+        ({"more_settings": "optim.lrr=3"}, "more_settings, line 1: optim.lrr=3"),
+        ({"more_settings": "# mine\noptim.lr=x"}, "more_settings, line 2: optim.lr=x"),
+        ({"more_settings": "\n\nnonsense"}, "more_settings, line 3: 'nonsense' is no setting"),
+        ({"more_settings": "align.range_start=45"}, "more_settings, line 1: align.range_start=45"),
+        ({"more_settings": "data.width=17"}, "more_settings, line 1: data.width=17"),
+        ({"more_settings": "optim.steps=0"}, "more_settings, line 1: optim.steps=0"),
         ({"more_settings": "output.dir=elsewhere"}, "output.dir"),
         ({"nodes": 2}, "rendezvous"),
     ],

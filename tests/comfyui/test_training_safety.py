@@ -1,9 +1,11 @@
 """Training from graphs of strangers: nothing is written elsewhere, no code is run, no secret is told."""
 
+from pathlib import Path
+
 import psutil
 import pytest
 from comfyui_miniature import ran
-from comfyui_server import Server
+from comfyui_server import CHECKOUT, Server
 from comfyui_shown import node
 from comfyui_side import needs_comfyui
 from comfyui_training import at_work, end_trainings, graph, refusal, runs, state, train, trainings, tree, until
@@ -18,9 +20,9 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server whose environment holds a token."""
+    """A server whose environment holds a token, and doesn't say where ComfyUI is."""
     base = tmp_path_factory.mktemp("safety")
-    one = Server(base, environment={"HF_HUB_CACHE": str(base / "hub"), "HF_TOKEN": TOKEN})
+    one = Server(base, environment={"HF_HUB_CACHE": str(base / "hub"), "HF_TOKEN": TOKEN, "COMFYUI_PATH": ""})
     try:
         yield one.wait()
     finally:
@@ -72,3 +74,16 @@ def test_a_training_writes_where_it_may_and_no_secret(server):
     own = {path for path in changed if path.startswith("output/srpo/secretive/")}
     assert changed - own == {"models/loras/secretive.safetensors", "server.log"}
     assert [path for path in after if TOKEN.encode() in (server.base / path).read_bytes()] == []
+
+
+def test_a_run_finds_comfyui_whoever_starts_it(server):
+    """Its folders and tokenizers: the node's process and one that the page resumes are told where it is."""
+    folder = runs(server) / "found"
+    ran(server, graph("found", steps=400, mode="background"))
+    told = [psutil.Process(at_work(folder, step=1)["pid"]).environ()["COMFYUI_PATH"]]
+    assert server.send("/srpo/runs/found/stop", {})[0] == 200
+    until(lambda: not trainings(server.base), "its end")
+    assert server.send("/srpo/runs/found/resume", {})[0] == 200
+    told.append(psutil.Process(at_work(folder)["pid"]).environ()["COMFYUI_PATH"])
+    end_trainings(server.base)
+    assert [Path(one).resolve() for one in told] == [Path(CHECKOUT).resolve()] * 2

@@ -9,30 +9,25 @@ import numpy as np
 import pytest
 import torch
 from comfyui_side import needs_comfyui
+from comfyui_training import quick_run
 from PIL import Image
 from safetensors.torch import load_file
 
 from srpo_core import launch
 from srpo_core.checkpoint import latest
-from srpo_core.description import load_run
 from srpo_core.export import export_run
 from srpo_core.preview import from_pil
 from srpo_core.run_pictures import preview_pair
 from srpo_core.run_state import read_state
 
 pytestmark = needs_comfyui
-QUICK = [
-    "data.batch_size=1", "rollout.num_steps=2", "output.preview_every=1", "output.preview_steps=2",
-    "output.preview_prompts=2", "output.evaluate_prompts=0", "output.tensorboard=false", "lora.rank=4", "optim.steps=2",
-    "parallel.share_gpu=true",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(server):
     """A finished run of two steps."""
     folder = server.base / "output" / "srpo" / "status-run"
-    launch.start(load_run("miniature", [*QUICK, f"output.dir={folder}"]))
+    launch.start(quick_run(folder, 2))
     end = time.monotonic() + 180
     try:
         while time.monotonic() < end and read_state(folder).active:
@@ -128,7 +123,7 @@ def test_a_run_of_all_weights_has_no_lora(server, run):
     full = run.parent / "full"
     checkpoint = full / "checkpoints" / "step-000002"
     checkpoint.mkdir(parents=True, exist_ok=True)
-    config = load_run("miniature", [*QUICK, "lora.rank=0", f"output.dir={full}"])
+    config = quick_run(full, 2, {"lora.rank": 0})
     (full / "run.json").write_text(config.model_dump_json())
     state = json.loads((latest(run) / "state.json").read_text()) | {"lora": None}
     (checkpoint / "state.json").write_text(json.dumps(state))
