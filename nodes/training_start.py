@@ -96,7 +96,7 @@ def _checked_or_started(described: Described, lines: str, resume: bool, only_che
     taken = _by_widgets(_taken(config), lines) if only_check else ""
     launch.check(_shared(config) if taken else config, resume)
     with texts_there(described.texts) as keep:
-        plan = plan_run(config, resume)
+        plan = _planned(config, resume)
         rows = (*plan.rows, ("result", config.output.result or ""))
         if only_check:
             command = typed(launch.train_command(work_folder(config) / "run.json", resume, config.parallel))
@@ -105,13 +105,29 @@ def _checked_or_started(described: Described, lines: str, resume: bool, only_che
         if plan.refusal is not None:
             raise ConfigError(_refusal(plan))
         management.throw_exception_if_processing_interrupted()  # checks may take minutes where there are many photos
-        management.unload_all_models()
-        management.soft_empty_cache()
+        _unload()
         launch.start(config, resume, environment())
         keep()
     with suppress(OSError):  # a full disk ends the run, which says so
         write_atomic(work_folder(config) / PLAN_FILE, json.dumps(rows, indent=1))
     return []
+
+
+def _planned(config: RunConfig, resume: bool) -> Plan:
+    """A run's plan; where it has no room beside ComfyUI's models, these are unloaded and it is planned once more.
+
+    What they take isn't all known: ComfyUI holds weights outside torch's memory too.
+    """
+    plan = plan_run(config, resume)
+    if plan.refusal is None:
+        return plan
+    _unload()
+    return plan_run(config, resume)
+
+
+def _unload() -> None:
+    management.unload_all_models()
+    management.soft_empty_cache()
 
 
 def _taken(config: RunConfig) -> str:
