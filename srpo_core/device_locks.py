@@ -71,9 +71,9 @@ def _file(key: str, suffix: str) -> Path:
 
 
 def holder(key: str) -> Holder | None:
-    """The run that works on a device or was just started there; None if none does."""
+    """The run that works on a device or was just started there; None if none does, or if it is this process's own."""
     note = _note(key)
-    there = note is not None and is_running(note.pid, note.created)
+    there = _is_starting(note)
     lock = FileLock(_file(key, ".lock"))
     try:
         lock_folder().mkdir(parents=True, exist_ok=True)
@@ -84,6 +84,11 @@ def holder(key: str) -> Holder | None:
         return None
     lock.release()
     return note if there else None
+
+
+def _is_starting(note: Holder | None) -> bool:
+    """Whether a device is noted for a process that is still there, and is not this one or one that started it."""
+    return note is not None and note.pid not in lineage() and is_running(note.pid, note.created)
 
 
 def _note(key: str) -> Holder | None:
@@ -117,9 +122,8 @@ def held(parallel: ParallelConfig, key: str, run_dir: Path) -> Iterator[None]:
     except OSError:  # a file system without locks: the run is worth more
         pass
     note = _note(key)
-    starting = note is not None and note.pid not in lineage() and is_running(note.pid, note.created)
     try:
-        if lock.is_locked and starting and alone:
+        if lock.is_locked and alone and _is_starting(note):
             raise _taken(key, note)
         if lock.is_locked:
             reserve([key], run_dir, os.getpid())

@@ -177,6 +177,25 @@ def test_its_own_reservation_is_no_hindrance(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("whose", ["its own", "its launcher's", "another's"])
+def test_a_started_run_finds_its_gpu_free_and_no_other_does(tmp_path, monkeypatch, whose):
+    monkeypatch.setattr(gpus, "list_gpus", lambda: FOUR[:1])
+    monkeypatch.setattr(gpus.torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    try:
+        pid = {"its own": os.getpid(), "its launcher's": os.getppid(), "another's": other.pid}[whose]
+        device_locks.reserve([FOUR[0].key], tmp_path / "run", pid)
+        if whose == "another's":
+            with pytest.raises(ConfigError, match=f"(?s)0 of 1 GPUs here are free.*process {pid} trains on it"):
+                gpus.find(ParallelConfig())
+        else:
+            assert gpus.find(ParallelConfig()) == FOUR[:1]
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_the_cpu_is_shared_by_hand_and_not_in_the_background(tmp_path, processes):
     config = tiny_config(tmp_path / "new")
     assert gpus.check_free(config) == []
