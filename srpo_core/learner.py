@@ -18,6 +18,7 @@ from srpo_core.config import RunConfig
 from srpo_core.errors import NotFiniteError, blamed_on
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
+from srpo_core.keeping import CudaMemory, keep_what_fits
 from srpo_core.metrics import Clock, StepMetrics, over_processes
 from srpo_core.optim import (
     Average,
@@ -70,6 +71,9 @@ class Learner:
         self.config, self.world, self._check = config, world, check
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
+        if config.model.recompute == "auto" and world.device.type == "cuda":
+            memory = CudaMemory(world.device)
+            keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.trained, config.optim, config.seed)
         self.average = Average(self.trained, config.optim.ema_decay) if config.optim.ema_decay else None
