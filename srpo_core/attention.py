@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from srpo_core.config import KERNELS, ConfigError
+from srpo_core.config import ConfigError
 from srpo_core.interfaces import FlowModel, PromptBatch
 
 NATIVE = {
@@ -95,7 +95,7 @@ def choose_attention(
     ConfigError for a kernel that isn't there.
     """
     if wanted in PACKAGES and importlib.util.find_spec(PACKAGES[wanted][0]) is None:
-        there = ", ".join(("auto", "native", *(name for name in KERNELS if _is_there(name))))
+        there = ", ".join(("auto", "native", *(name for name in (*NATIVE, *PACKAGES) if _is_there(name))))
         raise ConfigError(f"model.attention={wanted!r}: the package {PACKAGES[wanted][0]} isn't there; {there} are")
     if wanted == "native" or not latents.is_cuda:
         return Attention(), ""

@@ -27,10 +27,6 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path as text; ~ is the user's home."""
 
 
-KERNELS = ("flash", "cudnn", "efficient", "math", "flash-attn-2", "flash-attn-3")
-"""Attention kernels that can be named."""
-
-
 class ModelConfig(Section):
     family: str = Field(
         "flux", description="model family: a name in srpo_core.models.MODELS, or module:function for your own"
@@ -96,12 +92,12 @@ class ModelConfig(Section):
         " takes about a minute longer, less in the next run, which finds the compiled code in ~/.cache/srpo (or"
         " TORCHINDUCTOR_CACHE_DIR). Where it can't be done, the run goes on without",
     )
-    attention: Literal["auto", "native", *KERNELS] = Field(
+    attention: Literal["auto", "native", "flash", "cudnn", "efficient", "math", "flash-attn-2", "flash-attn-3"] = Field(
         "auto",
-        description="attention kernels on an NVIDIA GPU. auto: the fastest of those that agree with float32 on the run's"
-        " shape, for rollouts and for the gradient step each, measured at the start; native: PyTorch's own choice;"
-        " flash, cudnn, efficient, math: PyTorch's kernels; flash-attn-2 and flash-attn-3 need their packages. The"
-        " gradient step never takes cudnn, whose backward pass is wrong on some shapes",
+        description="attention kernels on an NVIDIA GPU. auto: the fastest of those that agree with float32 on the"
+        " run's shape, for rollouts and for the gradient step each, measured at the start; native: PyTorch's own"
+        " choice; flash, cudnn, efficient, math: PyTorch's kernels; flash-attn-2 and flash-attn-3 need their packages."
+        " The gradient step never takes cudnn, whose backward pass is wrong on some shapes",
     )
 
 

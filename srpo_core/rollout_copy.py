@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 def _replace(
-    module: nn.Module, targets: Mapping[str, list[str]], dtype: torch.dtype
+    module: nn.Module, targets: Mapping[str, Sequence[str]], dtype: torch.dtype
 ) -> list[tuple[Fp8Linear, nn.Module]]:
     """Put layers in fp8 in the place of the module's named ones; (new, old) of each."""
     pattern = layer_pattern(targets["all"])
