@@ -32,6 +32,7 @@ from srpo_core.rewards.mixture import blind_notes
 from srpo_core.rewards.trial import try_rewards
 from srpo_core.run_folder import check_start
 from srpo_core.session import Outcome, Session
+from srpo_core.speed import speed_up
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
@@ -90,6 +91,7 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
     parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
+    parts.notes = [*notes, *speed_up(config, parts, world.device, display.warn)]
     parts.less_memory = functools.partial(memory_advice, config, components)
     parts.trained_on = _digest(ready.prompts, inputs.photos)
     return Trainer(session, parts)

@@ -95,6 +95,19 @@ class ModelConfig(Section):
         " rounded up or down at random, so that small ones count on average; an average (optim.ema_decay) is then held"
         " in float32 on the host",
     )
+    compile: bool = Field(
+        False,
+        description="compile the transformer's blocks (torch.compile): about a third faster on a GPU; the first step"
+        " takes about a minute longer, less in the next run, which finds the compiled code in ~/.cache/srpo (or"
+        " TORCHINDUCTOR_CACHE_DIR). Where it can't be done, the run goes on without",
+    )
+    attention: Literal["auto", "native", "flash", "cudnn", "efficient", "math", "flash-attn-2", "flash-attn-3"] = Field(
+        "auto",
+        description="attention kernels on an NVIDIA GPU. auto: the fastest of those that agree with float32 on the"
+        " run's shape, for rollouts and for the gradient step each, measured at the start; native: PyTorch's own"
+        " choice; flash, cudnn, efficient, math: PyTorch's kernels; flash-attn-2 and flash-attn-3 need their packages."
+        " The gradient step never takes cudnn, whose backward pass is wrong on some shapes",
+    )
 
 
 class DataConfig(Section):
@@ -153,6 +166,36 @@ class RolloutConfig(Section):
         True,
         description="draw the same rollout noise on every rank (as published); the levels differ by rank in any case",
     )
+    precision: Literal["model", "fp8"] = Field(
+        "model",
+        description="numbers of the rollout's matrix products: model.dtype, or fp8 (e4m3, a scale for each row of"
+        " weights and activations), about a quarter faster where model.compile is on; needs an NVIDIA GPU from Ada or"
+        " Hopper on, and memory for a copy of the blocks' matrices in 8 bits (8.5 GB of FLUX.1-dev) as long as a"
+        " rollout lasts, beside model.frozen_memory=8bit too. A LoRA is merged into the copy. Previews and the gradient"
+        " step stay in model.dtype",
+    )
+    calls: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="model calls in a rollout of num_steps: the velocities of its other steps are extrapolated from the"
+        " last two calls; 0 calls the model in every step",
+    )
+    at_once: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="micro-batches of an optimizer step (optim.accumulation) that are rolled out together: faster on a"
+        " GPU that one leaves idle, with memory for so many at once",
+    )
+
+    @model_validator(mode="after")
+    def _calls(self) -> RolloutConfig:
+        if self.calls > self.num_steps or self.calls == 1 < self.num_steps:
+            raise ValueError(
+                f"calls={self.calls} of num_steps={self.num_steps}: 0, or 2 to num_steps; one call tells no slope"
+            )
+        return self
 
 
 class AlignConfig(Section):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
+from srpo_core.attention import Attention
 from srpo_core.checkpoint import copy_tensors, read_tensors
 from srpo_core.config import RunConfig
 from srpo_core.errors import NotFiniteError, blamed_on
@@ -28,12 +29,13 @@ from srpo_core.optim import (
     make_optimizer,
     optimizer_tensors,
 )
-from srpo_core.parallel import World, attention_with_gradient
+from srpo_core.parallel import World
 from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
 from srpo_core.rewards.mixture import WeightedReward, weighted_mean
 from srpo_core.rollout import Rollout, rollout, rollout_from_images
+from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.training_data import TrainingData
 
 
@@ -54,6 +56,10 @@ class Parts:
     """What state.json tells of a LoRA: {"rank", "alpha", "targets"}."""
     notes: Sequence[str] = ()
     """What the user should know before training starts."""
+    attention: Attention = field(default_factory=Attention)
+    """The kernels that its calls use."""
+    rollout_copy: RolloutCopy | None = None
+    """What is rolled out in the flow's place."""
     trained_on: str = ""
     """A digest of the prompts and photos: a resumed run says so if they are others."""
     less_memory: Callable[[], str] = lambda: "try a smaller data.batch_size or data.height and data.width"
@@ -71,6 +77,7 @@ class Learner:
         self.config, self.world, self._check = config, world, check
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
+        self.attention, self._copy = parts.attention, parts.rollout_copy
         if config.model.recompute == "auto" and world.device.type == "cuda":
             memory = CudaMemory(world.device)
             keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
@@ -104,7 +111,7 @@ class Learner:
             on_photos = self.data.on_photos(self._micro(number, micro))
             tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
             _require_finite(clean.clean, "the rollout")
-        with clock.phase("gradient"), attention_with_gradient():
+        with clock.phase("gradient"), self.attention.with_gradient():
             for draw in range(self.config.align.draws_per_rollout):
                 for branch, align_step in self._align_steps(number, micro, draw):
                     self._check()
@@ -175,7 +182,9 @@ class Learner:
             with blamed_on("the autoencoder (model.autoencoder)"):
                 return rollout_from_images(self.autoencoder, images, prompts, noise)
         sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
-        return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, lambda *_: self._check())
+        guidance, calls = config.rollout.guidance, config.rollout.calls
+        with self._copy.filled() if self._copy is not None else contextlib.nullcontext(self.flow) as flow:
+            return rollout(flow, prompts, noise, sigmas, guidance, lambda *_: self._check(), calls)
 
     def _align_steps(self, number: int, micro: int, draw: int) -> list[tuple[str, AlignStep]]:
         """Each branch and its gradient step, at levels drawn for this draw."""

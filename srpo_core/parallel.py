@@ -230,21 +230,6 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-@contextlib.contextmanager
-def attention_with_gradient() -> Iterator[None]:
-    """Inside the context CUDA attention keeps to kernels whose backward pass can be trusted.
-
-    cuDNN's gave NaN or illegal accesses on FLUX's shapes (torch 2.11, H100 and H200). Recomputed blocks choose their
-    kernel in the backward pass, so that belongs inside too.
-    """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
-
-
 def choose_device(name: str, setting: str = "parallel.device") -> torch.device:
     """The device that a setting names; auto is the first of cuda, mps and cpu that is there."""
     if name == "auto":

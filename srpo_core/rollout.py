@@ -29,6 +29,17 @@ class Rollout:
         object.__setattr__(self, "clean", self.clean.detach())
 
 
+def called_steps(num_steps: int, calls: int) -> list[int]:
+    """The Euler steps 0 ... num_steps - 1 in which `calls` calls of the model are made: the first two, the last, and
+    evenly between. All of them where calls is 0."""
+    if not calls or calls >= num_steps:
+        return list(range(num_steps))
+    if calls < 2:
+        raise ValueError(f"calls={calls} of {num_steps} steps: two at least tell a slope")
+    between = [1 + round(i * (num_steps - 2) / max(1, calls - 2)) for i in range(calls - 1)]
+    return [0, *between]
+
+
 @torch.no_grad()
 def rollout(
     flow: FlowModel,
@@ -37,20 +48,34 @@ def rollout(
     sigmas: Tensor,
     guidance: float,
     on_step: Callable[[int, Tensor], None] | None = None,
+    calls: int = 0,
 ) -> Rollout:
     """Euler steps from noise [B, C, h, w] down the schedule sigmas [N + 1], in float32.
 
-    `on_step(steps done, latents)` is called after each step.
+    With `calls` the model is called in so many of the steps; the velocities of the others lie on the line through those
+    of the last two calls, over sigma. `on_step(steps done, latents)` is called after each step.
     """
     noise = noise.float()
     latents = noise
     levels = sigmas.tolist()
+    called = set(called_steps(len(levels) - 1, calls))
+    known: list[tuple[float, Tensor]] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        velocity = flow.velocity(latents, per_sample(sigma, latents), prompts, guidance)
+        if i in called:
+            velocity = flow.velocity(latents, per_sample(sigma, latents), prompts, guidance)
+            known = [*known[-1:], (sigma, velocity)]
+        else:
+            velocity = _extrapolated(*known, sigma)
         latents = euler_step(latents, velocity, sigma, sigma_next)
         if on_step is not None:
             on_step(i + 1, latents)
     return Rollout(prompts, noise, latents)
+
+
+def _extrapolated(before: tuple[float, Tensor], last: tuple[float, Tensor], sigma: float) -> Tensor:
+    """The velocity at sigma on the line through two (sigma, velocity)."""
+    weight = (sigma - last[0]) / (last[0] - before[0])
+    return torch.lerp(before[1], last[1], 1 + weight)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from srpo_core.attention import Attention
 from srpo_core.config import ConfigError, ModelConfig
 from srpo_core.flow import Level, per_sample
 from srpo_core.interfaces import Components, PromptBatch
@@ -75,13 +76,14 @@ class FluxFlow:
         self.module = module
         self.downscale = downscale
         self.dtype = dtype
+        self.attention = Attention()
 
     def velocity(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, guidance: Level) -> Tensor:
         """latents [B, C, h, w] at levels sigma [B] -> the predicted noise - clean [B, C, h, w], float32."""
         height, width = latents.shape[-2:]
         embeds, pooled = prompts.embeds["prompt_embeds"], prompts.embeds["pooled_prompt_embeds"]
         guides = per_sample(guidance, latents) if self.module.config.guidance_embeds else None
-        with _autocast(latents.device, self.dtype), self._unrounded(sigma, guides):
+        with _autocast(latents.device, self.dtype), self.attention.here(), self._unrounded(sigma, guides):
             tokens = self.module(
                 hidden_states=pack(latents.float()),
                 encoder_hidden_states=embeds.float(),
