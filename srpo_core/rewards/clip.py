@@ -95,6 +95,11 @@ class OpenClip:
         return self.module.encode_text(self.tokenize(list(texts)).to(self.module.logit_scale.device))
 
 
+def _wide(features: Tensor) -> Tensor:
+    """In float32 at least: in bfloat16 scores would come in steps of 0.001."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 class ClipReward:
     """Cosine similarity of image and text in [-1, 1], times `scale`; a Reward."""
 
@@ -106,9 +111,9 @@ class ClipReward:
         """images [B, 3, H, W] in [0, 1] and n * B prompts -> [n * B]; prompt i belongs to image i % B."""
         if not len(images) or len(prompts) % len(images):
             raise ValueError(f"{len(prompts)} prompts don't divide among {len(images)} images")
-        image = F.normalize(self.clip.image_features(images, self.fit).float(), dim=-1)
+        image = F.normalize(_wide(self.clip.image_features(images, self.fit)), dim=-1)
         texts = {text: i for i, text in enumerate(dict.fromkeys(prompts))}  # the same one for many pictures is common
-        text = F.normalize(self.clip.text_features(list(texts)).float(), dim=-1)[[texts[prompt] for prompt in prompts]]
+        text = F.normalize(_wide(self.clip.text_features(list(texts))), dim=-1)[[texts[prompt] for prompt in prompts]]
         return (image.repeat(len(prompts) // len(images), 1) * text).sum(-1) * self.scale
 
 
