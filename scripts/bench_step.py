@@ -122,9 +122,8 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, ob
     for number in range(1, WARM_UP + MEASURED + 1):
         if number == WARM_UP + 1:
             row["warm_up_seconds"] = round(time.perf_counter() - start, 1)
-        clock = Clock(learner.world.synchronize)
+        clock = Clock(learner.world.synchronize, device)
         metrics = learner.step(number, clock)
-        learner.world.synchronize()
         steps.append(clock.seconds | {"step": clock.total()})
         print(f"# step {number}: {steps[-1]}", flush=True)
     row["first_step_seconds"] = round(steps[0]["step"], 1)
