@@ -49,13 +49,14 @@ class ModelConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
-        description="precision of the forward and backward passes; trained weights are always kept in float32, those"
-        " that a LoRA leaves frozen in this precision",
+        description="precision of the forward and backward passes; trained weights are kept in model.trained_memory,"
+        " those that a LoRA leaves frozen in this precision",
     )
-    recompute: bool = Field(
+    recompute: bool | Literal["auto"] = Field(
         True,
         description="recompute transformer and decoder blocks in the backward pass: less memory, about a third more"
-        " time",
+        " time; auto recomputes those whose activations don't fit into the memory that a GPU has free (the same"
+        " numbers)",
     )
     clip: PathText | None = Field(
         None, description="CLIP-L text encoder: a folder, or a .safetensors file (clip_l.safetensors)"
@@ -81,10 +82,18 @@ class ModelConfig(Section):
         " goes on from there; the run's own LoRA is exported alone and needs this one too, its transformer holds both",
     )
     lora_strength: float = Field(1.0, ge=-10, le=10, description="strength with which model.lora is merged")
-    frozen_memory: Literal["full", "8bit"] = Field(
+    frozen_memory: Literal["full", "8bit", "fp8", "4bit"] = Field(
         "full",
-        description="how the matrices that a LoRA leaves frozen are held: in model.dtype, or in 8 bits, expanded when"
-        " they are used (half the memory with model.recompute, rounded to 1/254 of each row's largest)",
+        description="how the matrices that a LoRA leaves frozen are held: in model.dtype; or, expanded when they are"
+        " used (model.recompute is then worth its time), in 8 bits as whole numbers (half the memory, rounded to 1/254"
+        " of each row's largest), in fp8 (half the memory, rounded to 1/16 of each weight; an fp8 file's as they are)"
+        " or in 4 bits (NF4: a quarter of the memory, about 9 % off)",
+    )
+    trained_memory: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="how trained weights and their gradients are held; bfloat16 takes half the memory: each update is"
+        " rounded up or down at random, so that small ones count on average; an average (optim.ema_decay) is then held"
+        " in float32 on the host",
     )
     compile: bool = Field(
         False,
@@ -305,6 +314,11 @@ class OptimConfig(Section):
         lt=1,
         description="decay of the running average of the trained weights, less in early steps: (1 + step) / (10 +"
         " step); previews and exports use the average; 0 keeps none",
+    )
+    states: Literal["float32", "8bit"] = Field(
+        "float32",
+        description="how AdamW's two moments are held: in float32, or in 8 bits each (a quarter of the memory): blocks"
+        " of 256 numbers share a scale, and codes are rounded up or down at random (updates about 5 % off)",
     )
 
 

@@ -20,8 +20,16 @@ from srpo_core.errors import blamed_on
 from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
+from srpo_core.keeping import CudaMemory, keep_what_fits
 from srpo_core.metrics import Clock, StepMetrics, over_processes
-from srpo_core.optim import Average, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from srpo_core.optim import (
+    Average,
+    gradient_norm,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
 from srpo_core.parallel import World
 from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
@@ -72,8 +80,11 @@ class Learner:
         self.words, self.data = parts.words, parts.data
         self.attention, self._copy = parts.attention, parts.rollout_copy
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
+        if config.model.recompute == "auto" and world.device.type == "cuda":
+            memory = CudaMemory(world.device)
+            keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trained, config.optim)
+        self.optimizer = make_optimizer(self.trained, config.optim, config.seed)
         self.average = Average(self.trained, config.optim.ema_decay) if config.optim.ema_decay else None
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
@@ -154,7 +165,7 @@ class Learner:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
         parameters = list(self.trained.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
         grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
         finite.add(grad_norm, "the gradient")
         finite.require()

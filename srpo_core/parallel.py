@@ -160,9 +160,10 @@ class World:
         return whole
 
     def check_same(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """TrainingError if float32 tensors aren't the same on every process; their bits are summed up for that."""
+        """TrainingError if tensors aren't the same on every process; their bits are summed up for that."""
         if self.size > 1:
-            bits = [tensor.detach().view(torch.int32) for tensor in tensors.values()]
+            whole = {2: torch.int16, 4: torch.int32}
+            bits = [tensor.detach().view(whole[tensor.element_size()]) for tensor in tensors.values()]
             sums = torch.stack([one.sum(dtype=torch.int64) for one in bits])
             told = self.exchange([int(one) for one in sums])
             differ = [name for name, *each in zip(tensors, *told, strict=True) if len(set(each)) > 1]

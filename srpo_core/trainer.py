@@ -26,7 +26,7 @@ from srpo_core.stopping import StopRequested
 
 PROBE_PROMPTS = 2
 EVALUATION_SETTINGS: dict[str, Any] = {
-    "model": set(ModelConfig.model_fields) - {"recompute"},
+    "model": set(ModelConfig.model_fields) - {"recompute", "trained_memory"},
     "data": {"height", "width"},
     "rollout": {"shift"},
     "reward": True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,13 +11,13 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from srpo_core.attention import Attention
 from srpo_core.config import ConfigError, ModelConfig
 from srpo_core.flow import Level, per_sample
 from srpo_core.interfaces import Components, PromptBatch
+from srpo_core.keeping import recompute_blocks
 from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
 from srpo_core.models.flux_prompts import EVAL_PROMPTS
 from srpo_core.models.flux_text import MAX_TOKENS, FluxTextEncoder, TextFiles, find_text, text_outline
@@ -114,25 +113,15 @@ class FluxFlow:
         return self.module.config.in_channels // 4, height // self.downscale, width // self.downscale
 
 
-def _checkpoint_blocks(function: nn.Module | Callable[..., Any], *args: Any) -> Any:
-    """Recompute a module in the backward pass, a chain of layers layer by layer."""
-    if isinstance(function, nn.Sequential):
-        (hidden,) = args
-        for layer in function:
-            hidden = checkpoint(layer, hidden, use_reentrant=False)
-        return hidden
-    return checkpoint(function, *args, use_reentrant=False)
-
-
 class ImageAutoencoder:
     """A frozen `AutoencoderKL` or `AutoencoderTiny` as an Autoencoder, in the flow model's scaled latents."""
 
-    def __init__(self, module: AutoencoderKL | AutoencoderTiny, recompute: bool = True) -> None:
+    def __init__(self, module: AutoencoderKL | AutoencoderTiny, recompute: bool | str = True) -> None:
         self.module = module.requires_grad_(False).eval()
         self.scale = float(module.config.scaling_factor)
         self.shift = float(getattr(module.config, "shift_factor", None) or 0.0)
         if recompute:
-            module.enable_gradient_checkpointing(_checkpoint_blocks)
+            module.enable_gradient_checkpointing(recompute_blocks)
 
     def _dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
