@@ -171,9 +171,12 @@ def update_8bit(
     value, m, v = _adamw(weight.float(), gradient.float(), *moments, numbers, constants)
     _store(weight, value, bits)
     draws = mixed(bits ^ 0x5BD1E995)
-    for held, new in ((first, first_scale), first_codes(m, uniform(draws, 0))), (
-        (second, second_scale),
-        second_codes(v, uniform(draws, 12)),
+    for held, new in (
+        ((first, first_scale), first_codes(m, uniform(draws, 0))),
+        (
+            (second, second_scale),
+            second_codes(v, uniform(draws, 12)),
+        ),
     ):
         held[0].copy_(new[0])
         held[1].copy_(new[1])

@@ -59,10 +59,10 @@ class Compiler:
         return call
 
     def blocks(self, module: nn.Module, types: tuple[type[nn.Module], ...]) -> None:
-        """Compile every block of these types in the module."""
+        """Compile every block of these types in the module; hooks on a block stay outside."""
         for block in module.modules():
             if isinstance(block, types):
-                block._compiled_call_impl = self.function(block._call_impl)
+                block.forward = self.function(block.forward)
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:

@@ -16,9 +16,11 @@ class FiniteChecks:
         self._names: list[str] = []
 
     def add(self, value: Tensor, what: str) -> None:
-        """Have a tensor checked; it is called `what` in the error."""
+        """Have a tensor checked; it is called `what` in the error. One on the CPU is checked now."""
         self._flags.append(torch.isfinite(value).all())
         self._names.append(what)
+        if value.device.type == "cpu":
+            self.require()
 
     def require(self) -> None:
         """NotFiniteError names the first of all so far that isn't finite. Waits for the device."""

@@ -180,7 +180,9 @@ class Keeping:
             yield from [block] if pieces is None else [piece for piece, _ in pieces]
 
 
-def keep_what_fits(module: nn.Module, block_types: tuple[type[nn.Module], ...], decoder: Any, memory: Memory) -> Keeping:
+def keep_what_fits(
+    module: nn.Module, block_types: tuple[type[nn.Module], ...], decoder: Any, memory: Memory
+) -> Keeping:
     """Have a model and an autoencoder of diffusers keep what fits; parts of other libraries stay as they are."""
     keeping = Keeping(memory, [part for part in module.modules() if isinstance(part, block_types)])
     if hasattr(module, "enable_gradient_checkpointing"):
