@@ -8,13 +8,14 @@ and most updates are far smaller, which rounding to the nearest would lose altog
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from srpo_core.fused import fused, is_fused
 from srpo_core.moments import (
     BLOCK,
     first_codes,
@@ -30,7 +31,7 @@ from srpo_core.moments import (
 SMALLEST = 4096
 """Parameters of fewer numbers, or not of whole blocks, keep their moments in float32."""
 PIECE = 2**22
-"""Numbers that are updated at once where operations are not fused: a few hundred MB of temporary tensors at most."""
+"""Numbers that are updated at once without a kernel: a few hundred MB of temporary tensors at most."""
 CODES = ("exp_avg_codes", "exp_avg_scale", "exp_avg_sq_codes", "exp_avg_sq_scale")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -50,6 +51,9 @@ class CompactAdamW(torch.optim.Optimizer):
     State of a parameter: "step" and either "exp_avg" and "exp_avg_sq" in float32, or, `in_8bit` and large enough, the
     codes and scales of both in blocks of 256 numbers (CODES). They are there from the start.
     """
+
+    uses_kernel = importlib.util.find_spec("triton") is not None
+    """Whether updates on a GPU are one kernel each (adamw_kernel); otherwise they are done in pieces."""
 
     def __init__(
         self,
@@ -105,7 +109,7 @@ class CompactAdamW(torch.optim.Optimizer):
                 key = parameter.device, int(state["step"])
                 if key not in seeds:
                     seeds[key] = self._numbers(group["lr"], constants, *key)
-                self._update(parameter, state, *(seeds[key][0], seeds[key][1][i]), constants)
+                self._update(parameter, *seeds[key], i, constants)
 
     def _numbers(self, lr: float, constants: Constants, device: torch.device, step: int) -> tuple[Tensor, Tensor]:
         """What a step's updates take: [lr, lr / bias correction of the first moment, root of the second's], and a seed
@@ -117,18 +121,28 @@ class CompactAdamW(torch.optim.Optimizer):
         numbers = torch.tensor([lr, rate, root], dtype=torch.float32)
         return numbers.to(device), torch.tensor(seeds, dtype=torch.int32).to(device)
 
-    def _update(
-        self, parameter: nn.Parameter, state: dict[str, Tensor], numbers: Tensor, seed: Tensor, constants: Constants
-    ) -> None:
+    def _update(self, parameter: nn.Parameter, numbers: Tensor, seeds: Tensor, i: int, constants: Constants) -> None:
+        state = self.state[parameter]
         in_8bit = CODES[0] in state
-        shape = (-1, BLOCK) if in_8bit else (-1,)
-        update = update_8bit if in_8bit else update_plain
+        moments = [state[name] for name in (CODES if in_8bit else MOMENTS)]
+        if parameter.is_cuda and self.uses_kernel:
+            from srpo_core import adamw_kernel
+
+            try:
+                whole = parameter.detach(), parameter.grad.contiguous()
+                return adamw_kernel.update(*whole, moments, numbers, seeds, i, tuple(constants))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of many kinds, before anything is computed: it can't be compiled here
+                warnings.warn(f"the optimizer's kernel can't be compiled, steps take longer: {error}", stacklevel=2)
+                self.uses_kernel = False
+        shape, update = ((-1, BLOCK), update_8bit) if in_8bit else ((-1,), update_plain)
         whole = [parameter.detach().view(shape), parameter.grad.reshape(shape)]
-        whole += [state[name] if in_8bit else state[name].view(shape) for name in (CODES if in_8bit else MOMENTS)]
-        rows = len(whole[0]) if is_fused(parameter.device) else max(1, PIECE // (BLOCK if in_8bit else 1))
+        whole += moments if in_8bit else [moment.view(shape) for moment in moments]
+        rows = max(1, PIECE // (BLOCK if in_8bit else 1))
         for start in range(0, len(whole[0]), rows):
             pieces = (tensor[start : start + rows] for tensor in whole)
-            update(*pieces, numbers, seed, start * (BLOCK if in_8bit else 1), constants)
+            update(*pieces, numbers, seeds[i], start * (BLOCK if in_8bit else 1), constants)
 
 
 def _any_moment(state: dict[str, Tensor]) -> str:
@@ -149,7 +163,6 @@ def decoded(state: dict[str, Tensor], shape: Iterable[int]) -> dict[str, Tensor]
     return {name: moment.view(*shape) for name, moment in zip(MOMENTS, moments, strict=True)}
 
 
-@fused
 def update_8bit(
     weight: Tensor,
     gradient: Tensor,
@@ -171,18 +184,12 @@ def update_8bit(
     value, m, v = _adamw(weight.float(), gradient.float(), *moments, numbers, constants)
     _store(weight, value, bits)
     draws = mixed(bits ^ 0x5BD1E995)
-    for held, new in (
-        ((first, first_scale), first_codes(m, uniform(draws, 0))),
-        (
-            (second, second_scale),
-            second_codes(v, uniform(draws, 12)),
-        ),
-    ):
-        held[0].copy_(new[0])
-        held[1].copy_(new[1])
+    held = first, first_scale, second, second_scale
+    new = *first_codes(m, uniform(draws, 0)), *second_codes(v, uniform(draws, 12))
+    for tensor, value in zip(held, new, strict=True):
+        tensor.copy_(value)
 
 
-@fused
 def update_plain(
     weight: Tensor,
     gradient: Tensor,

@@ -252,6 +252,7 @@ class MoreReward(Section):
     offset: float = Field(0.0, description="see scale")
     weight: float = Field(1.0, gt=0, le=1000, description="weight of its loss, and of its value in a mixture")
     fit: Literal["crop", "pad"] = Field("crop", description="how images fit its square: see reward.fit")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="its precision: see reward.dtype")
 
 
 class RewardConfig(Section):
@@ -293,6 +294,11 @@ class RewardConfig(Section):
         ("Realistic photo", "CG Render"),
         description="two wordings whose difference in reward is reported as `sgp`: realistic less artificial; never"
         " trained on",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="precision that a CLIP reward (hpsv2, pickscore, clip) is held and computed in; bfloat16 takes half"
+        " the memory: 1.8 GiB less for HPS",
     )
 
 

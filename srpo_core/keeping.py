@@ -41,7 +41,7 @@ class CudaMemory:
     """A CUDA device's memory, as this process may use it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
     def allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device)

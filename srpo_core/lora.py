@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from srpo_core.config import ConfigError, LoraConfig, nearest
 from srpo_core.interfaces import TrainableFlow
-from srpo_core.weights.eight_bit import put_weight
+from srpo_core.weights.compressed import put_weight
 from srpo_core.weights.lora_names import Lora, LoraLayer, check_lora, read_lora
 
 ADAPTER = "default"

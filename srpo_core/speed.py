@@ -12,7 +12,6 @@ from srpo_core.config import RunConfig
 from srpo_core.interfaces import Autoencoder
 from srpo_core.learner import Parts
 from srpo_core.rollout_copy import RolloutCopy
-from srpo_core.weights.fp8_linear import check_fp8
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,7 +40,6 @@ def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Call
             _compile_autoencoder(parts.autoencoder, compiler, device)
             notes.append(WARNING)
     if config.rollout.precision == "fp8":
-        check_fp8(device, "rollout.precision='fp8'")
         parts.rollout_copy = RolloutCopy(flow, DTYPES[config.model.dtype], compiler)
     return notes
 

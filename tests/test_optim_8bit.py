@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from test_resume import COURSE, interrupt_at
@@ -157,3 +159,38 @@ def test_a_run_goes_on_with_states_held_otherwise(tmp_path, before, after):
     trainer = assemble(tiny_config(tmp_path, optim__steps=3, optim__states=after))
     assert trainer.train(resume=True).step == 3
     assert any(name.endswith("_codes") for name in read_tensors(latest(tmp_path), "optimizer")) == (after == "8bit")
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="a GPU, or Triton with TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "in_8bit"), [((40, 512), True), ((37, 51), True), ((8, 512), False)])
+def test_the_kernel_does_what_the_sums_do(dtype, shape, in_8bit):
+    """The same random numbers, and sums to the last digit."""
+    from srpo_core import adamw_kernel
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    results = []
+    for interpreted in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter((torch.randn(size, generator=generator) * 0.02).to(device, dtype)) for size in (3, shape)]
+        optimizer = CompactAdamW(weights, **SETTINGS | {"lr": 1e-3}, in_8bit=in_8bit, seed=3)
+        optimizer.uses_kernel = interpreted and on_gpu
+        if interpreted and not on_gpu:
+
+            def through(parameter, *rest, held=optimizer.state):
+                moments = [t for name, t in held[parameter].items() if name != "step"]
+                adamw_kernel.update(parameter.detach(), parameter.grad, moments, *rest[:3], tuple(rest[3]))
+
+            optimizer._update = through
+        for _ in range(4):
+            for weight in weights:
+                noise = torch.randn(2, *weight.shape, generator=generator)
+                weight.grad = (noise[0] * torch.exp(noise[1]) * 1e-3).to(device, dtype)
+            optimizer.step()
+        results.append([weights[1].detach(), *(t for n, t in optimizer.state[weights[1]].items() if n != "step")])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours != theirs).float().mean() < 1e-3 or torch.allclose(ours.float(), theirs.float(), rtol=1e-5, atol=1e-9)

@@ -22,13 +22,13 @@ from srpo_core.keeping import recompute_blocks
 from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
 from srpo_core.models.flux_prompts import EVAL_PROMPTS
 from srpo_core.models.flux_text import MAX_TOKENS, FluxTextEncoder, TextFiles, find_text, text_outline
-from srpo_core.weights.eight_bit import fill_8bit
+from srpo_core.weights.compressed import fill_compressed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
               "attn.add_v_proj", "attn.to_add_out")  # fmt: skip
 BLOCKS = r"(single_)?transformer_blocks\..+"
-"""Where the layers are that may be held in 8 bits: all but the first and last ones."""
+"""Where the layers are that model.frozen_memory is about: all but the first and last ones."""
 _MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
 
@@ -231,8 +231,9 @@ def _flow(
     downscale: int = 8,
 ) -> FluxFlow:
     dtype = DTYPES[config.dtype]
-    if config.frozen_memory == "8bit" and not full_precision:
-        module = fill_8bit(part.empty(), part.stream(), dtype, device, part.file, BLOCKS)
+    if config.frozen_memory != "full" and not full_precision:
+        memory = config.frozen_memory
+        module = fill_compressed(part.empty(), part.stream(), dtype, device, part.file, BLOCKS, memory)
     else:
         module = part.load(torch.float32 if full_precision else dtype, device)
     if config.recompute:

@@ -112,18 +112,18 @@ class ClipReward:
         """images [B, 3, H, W] in [0, 1] and n * B prompts -> [n * B]; prompt i belongs to image i % B."""
         if not len(images) or len(prompts) % len(images):
             raise ValueError(f"{len(prompts)} prompts don't divide among {len(images)} images")
-        image = F.normalize(self.clip.image_features(images, self.fit), dim=-1)
+        image = F.normalize(self.clip.image_features(images, self.fit).float(), dim=-1)
         text = torch.stack(self._directions(prompts, image))
         return (image.repeat(len(prompts) // len(images), 1) * text).sum(-1) * self.scale
 
     def _directions(self, texts: Sequence[str], like: Tensor) -> list[Tensor]:
         """Each text's features [D] of length 1, where `like` is; what was asked for lately is kept."""
         kept = self._texts
-        if kept and (kept[next(iter(kept))].device, kept[next(iter(kept))].dtype) != (like.device, like.dtype):
+        if kept and next(iter(kept.values())).device != like.device:
             kept.clear()  # the model was moved
         new = [text for text in dict.fromkeys(texts) if text not in kept]
         if new:
-            kept.update(zip(new, F.normalize(self.clip.text_features(new), dim=-1).unbind(), strict=True))
+            kept.update(zip(new, F.normalize(self.clip.text_features(new).float(), dim=-1).unbind(), strict=True))
         found = {text: kept[text] for text in dict.fromkeys(texts)}
         for text in found:
             kept.move_to_end(text)

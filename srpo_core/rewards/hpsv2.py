@@ -1,7 +1,7 @@
 """HPS v2 and v2.1 (arXiv 2306.09341): cosine similarity of an open_clip ViT-H-14 trained on people's preferences.
 
 The authors' files are read as they are; of their package nothing is needed. Their scorer pads images to a square
-(fit "pad"), and on GPUs it runs in half precision, whose scores come in steps of 0.0002; here everything is in float32.
+(fit "pad"), and on GPUs it runs in half precision, whose scores come in steps of 0.0002; here everything is in float32, or with reward.dtype=bfloat16 all but the cosine.
 Scores lie around 0.20 to 0.35: no logit scale.
 """
 
