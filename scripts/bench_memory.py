@@ -168,7 +168,7 @@ class Meter(Clock):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.peaks: dict[str, int] = {}
-        super().__init__(lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None)
+        super().__init__(lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None, device)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -31,33 +31,35 @@ from srpo_core.duration import count_work, matmul_rate
 from srpo_core.flow import shifted_sigmas
 from srpo_core.learner import Learner, Parts
 from srpo_core.metrics import Clock
-from srpo_core.parallel import make_world
+from srpo_core.parallel import World, make_world
 from srpo_core.preference import ControlWords
 from srpo_core.prompts import prompt_sequence
 from srpo_core.rewards.clip import ClipReward, OpenClip
 from srpo_core.rewards.clip_files import new_open_clip
 from srpo_core.rewards.mixture import WeightedReward
 from srpo_core.rollout import rollout
+from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.speed import speed_up
 from srpo_core.training_data import TrainingData
 from srpo_core.weights.fp8_linear import scaled_product, to_fp8_rows
 from srpo_core.weights.loading import fill
 
 KEPT = "model.recompute=false"
-COMPILED = f"model.compile=true {KEPT}"
+SMALL = "model.trained_memory=bfloat16 optim.states=8bit"
+COMPILED = f"model.compile=true {KEPT} {SMALL}"
 FAST = f"{COMPILED} rollout.precision=fp8"
-LORA = "lora.rank=32"
+LORA = "lora.rank=32 model.trained_memory=float32 optim.states=float32"
 ROWS = {
-    "exact, eager": "model.attention=native",
-    "eager, kept activations": KEPT,
+    "exact, eager": f"model.attention=native {SMALL}",
+    "eager, kept activations": f"{KEPT} {SMALL}",
     "compiled": COMPILED,
     "compiled, fp8 rollout": FAST,
     "compiled, fp8 rollout, 15 calls": f"{FAST} rollout.calls=15",
     "compiled, fp8 rollout, 12 calls": f"{FAST} rollout.calls=12",
-    "compiled, recomputed, fp8 rollout, 15 calls": "model.compile=true rollout.precision=fp8 rollout.calls=15",
-    "LoRA, compiled, fp8 rollout": f"{LORA} {FAST}",
-    "LoRA, compiled, fp8 rollout, batch 4": f"{LORA} {FAST} data.batch_size=4",
-    "LoRA, compiled, recomputed, fp8 rollout, batch 8": f"{LORA} {FAST} model.recompute=true data.batch_size=8",
+    "compiled, recomputed, fp8 rollout, 15 calls": f"{FAST} model.recompute=true rollout.calls=15",
+    "LoRA, compiled, fp8 rollout": f"{FAST} {LORA}",
+    "LoRA, compiled, fp8 rollout, batch 4": f"{FAST} {LORA} data.batch_size=4",
+    "LoRA, compiled, recomputed, fp8 rollout, batch 8": f"{FAST} {LORA} model.recompute=true data.batch_size=8",
     "compiled, recomputed, fp8 rollout, batch 4": f"{FAST} model.recompute=true data.batch_size=4",
     "4 micro-batches, rolled out together": f"{FAST} model.recompute=true optim.accumulation=4 rollout.at_once=4",
 }
@@ -77,14 +79,12 @@ def describe(settings: str, tiny: bool) -> RunConfig:
 
 
 def build(config: RunConfig, tiny: bool) -> tuple[RandomFlux, Parts, Learner]:
-    """Random parts and a learner of them; all weights are trained in the precision that they are made in."""
+    """Random parts and a learner of them."""
     world = make_world(config.parallel)
     components = RandomFlux(config.model, world.device, *(((1, 1), 2) if tiny else ((19, 38), 24)))
+    components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
     flow = components.flow
-    if config.lora.rank:
-        _prepare(config, flow, None)
-    else:
-        flow.module.requires_grad_(True)
+    _prepare(config, flow, None)
     words = ControlWords(config.reward.liked, config.reward.disliked)
     data = TrainingData(config.seed, (config.data.height, config.data.width), config.data.batch_size)
     length = config.optim.steps * config.optim.accumulation * config.data.batch_size
@@ -122,11 +122,11 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, ob
     for number in range(1, WARM_UP + MEASURED + 1):
         if number == WARM_UP + 1:
             row["warm_up_seconds"] = round(time.perf_counter() - start, 1)
-        clock = Clock(learner.world.synchronize)
+        clock = Clock(learner.world.synchronize, device)
         metrics = learner.step(number, clock)
-        learner.world.synchronize()
         steps.append(clock.seconds | {"step": clock.total()})
-        print(f"# step {number}: {steps[-1]}", flush=True)
+        told = {name: round(value, 3) for name, value in steps[-1].items()}
+        print(f"# step {number}: {told} loss {metrics.loss:.6f} gradient {metrics.grad_norm:.6f}", flush=True)
     row["first_step_seconds"] = round(steps[0]["step"], 1)
     measured = steps[WARM_UP:]
     seconds = {name: statistics.median(step[name] for step in measured) for name in measured[0]}
@@ -138,6 +138,8 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, ob
         row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
     row |= rates(config, components, seconds["step"], device)
+    if parts.rollout_copy is not None:
+        row["seconds_of_codes"] = round(codes_seconds(parts.rollout_copy, learner.world), 4)
     if profile is not None:
         profile.write_text(profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), device))
     row["rollout_error"] = rollout_error(config, parts, learner)
@@ -190,18 +192,26 @@ def rollout_error(config: RunConfig, parts: Parts, learner: Learner) -> dict[str
     ours = learner._rollout(1, 0)
     compiled = {}
     for module in parts.flow.module.modules():
-        if module._compiled_call_impl is not None:
-            compiled[module], module._compiled_call_impl = module._compiled_call_impl, None
+        if "forward" in vars(module):
+            compiled[module] = vars(module).pop("forward")
     sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
     exact = rollout(parts.flow, ours.prompts, ours.noise, sigmas, config.rollout.guidance)
     for module, call in compiled.items():
-        module._compiled_call_impl = call
+        module.forward = call
     moved = (exact.clean - exact.noise).norm()
     difference = (ours.clean - exact.clean).norm()
     return {
         "relative_latents": float(f"{float(difference / exact.clean.norm()):.3g}"),
         "relative_to_the_way": float(f"{float(difference / moved):.3g}"),
     }
+
+
+def codes_seconds(twin: RolloutCopy, world: World) -> float:
+    """What making the codes of a copy takes, a part of the rollout's time."""
+    clock = Clock(world.synchronize, world.device)
+    with clock.phase("codes"), twin.filled():
+        pass
+    return clock.seconds["codes"]
 
 
 def profiled(step: Callable[[], object], device: torch.device) -> str:
@@ -251,6 +261,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         found = [line for line in lines if line.startswith("ROW ")]
         row = json.loads(found[-1][4:]) if found else {"settings": settings, "error": errors[-3000:]}
         row["said"] = [line[2:] for line in lines if line.startswith("# ")]
+        row["warned"] = [line[:300] for line in errors.splitlines() if line.strip()][-20:]
         yield name, row | {"seconds_of_the_process": round(time.perf_counter() - start, 1)}
 
 

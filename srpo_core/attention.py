@@ -193,9 +193,9 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         raise RuntimeError(f"attention kernels are measured on NVIDIA GPUs, not on {device.type}")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    start.record(torch.cuda.current_stream(device))
     for _ in range(TRIES):
         work()
-    end.record()
+    end.record(torch.cuda.current_stream(device))
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / TRIES

@@ -20,6 +20,7 @@ from srpo_core.prompts import read_prompts, without_held_out
 from srpo_core.rewards import check_reward
 from srpo_core.run_folder import check_space
 from srpo_core.training_data import needs_prompts, photo_sizes, sources
+from srpo_core.weights.fp8_linear import check_fp8
 from srpo_core.weights.lora_names import Lora
 
 
@@ -155,6 +156,8 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     _check_sizes(config, flow, inputs.photos)
     if inputs.start is not None:
         check_start(inputs.start, config.lora, flow)
+    if config.rollout.precision == "fp8":
+        check_fp8(device, "rollout.precision='fp8'")
     footprint = footprint_of(config, flow)
     total, least = device_memory(device), footprint.least_bytes(config)
     if total is not None and least > total:

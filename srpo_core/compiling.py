@@ -30,7 +30,7 @@ class Compiler:
 
     def __init__(self, report: Callable[[str], None], one_shape: bool = True) -> None:
         """With `one_shape` each shape has code of its own, which is faster; else many shapes share some."""
-        self.report, self.dynamic = report, False if one_shape else None
+        self.report, self.dynamic, self.backend = report, False if one_shape else None, "inductor"
         self.stopped = False
         self._told: set[str] = set()
         settings = torch._dynamo.config
@@ -42,7 +42,7 @@ class Compiler:
 
     def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function compiled; itself, each time the compiler can't do it."""
-        compiled = torch.compile(function, fullgraph=True, dynamic=self.dynamic)
+        compiled = torch.compile(function, fullgraph=True, dynamic=self.dynamic, backend=self.backend)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.stopped:
@@ -59,10 +59,10 @@ class Compiler:
         return call
 
     def blocks(self, module: nn.Module, types: tuple[type[nn.Module], ...]) -> None:
-        """Compile every block of these types in the module."""
+        """Compile every block of these types in the module; hooks on a block stay outside."""
         for block in module.modules():
             if isinstance(block, types):
-                block._compiled_call_impl = self.function(block._call_impl)
+                block.forward = self.function(block.forward)
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:

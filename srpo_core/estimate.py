@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from srpo_core.checks import FROZEN_BYTES, Footprint, footprint_of
-from srpo_core.config import MoreReward, RewardConfig, RunConfig
+from srpo_core.config import LoraConfig, MoreReward, RewardConfig, RunConfig
 from srpo_core.interfaces import Components, TrainableFlow
 from srpo_core.lora import linear_shapes, target_shapes
 
@@ -169,10 +169,11 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     gradients = round(footprint.trained * footprint.held_while_training(config)) // parts
     rolled_out = trained + (gradients if config.optim.accumulation > 1 else 0)
     size = (data.height, data.width)
+    together = min(config.rollout.at_once, config.optim.accumulation)
     drawing = max(_forward(config, footprint, shapes, size), _decoding(config, shapes, size, False))
     phases = {
         "encoding prompts": _text_bytes(config, shapes),
-        "rollout": still + rolled_out + _forward(config, footprint, shapes, size),
+        "rollout": still + rolled_out + _copy(config, shapes) + _forward(config, footprint, shapes, size, together),
         "gradient step": still + trained + gradients + _backward(config, footprint, shapes, size),
         "previews": still + trained + drawing,
     }
@@ -227,10 +228,18 @@ def _narrow_copies(config: RunConfig, footprint: Footprint) -> int:
     return NARROW * footprint.trained if cast else 0
 
 
-def _forward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size) -> int:
-    """Activations of a forward pass without gradient."""
+def _copy(config: RunConfig, shapes: Shapes) -> int:
+    """The copy in fp8 that is rolled out: a byte for each number of the layers that a LoRA of all would go beside."""
+    if config.rollout.precision != "fp8":
+        return 0
+    layers = target_shapes(shapes.flow, LoraConfig(targets="all"))
+    return sum(rows * columns for rows, columns in layers.values())
+
+
+def _forward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size, together: int = 1) -> int:
+    """Activations of a forward pass without gradient, of so many micro-batches together."""
     wide = 1 if config.model.dtype == "bfloat16" else 2
-    tokens = config.data.batch_size * shapes.tokens(*size)
+    tokens = together * config.data.batch_size * shapes.tokens(*size)
     expanded = 3 * shapes.largest_matrix if config.model.frozen_memory != "full" else 0
     return wide * FORWARD * tokens * shapes.width + _narrow_copies(config, footprint) + expanded
 

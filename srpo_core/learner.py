@@ -16,7 +16,8 @@ from srpo_core.align import AlignStep, direct_align, sample_align_steps
 from srpo_core.attention import Attention
 from srpo_core.checkpoint import copy_tensors, read_tensors
 from srpo_core.config import RunConfig
-from srpo_core.errors import NotFiniteError, blamed_on
+from srpo_core.errors import blamed_on
+from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
 from srpo_core.keeping import CudaMemory, keep_what_fits
@@ -34,7 +35,7 @@ from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
 from srpo_core.rewards.mixture import WeightedReward, weighted_mean
-from srpo_core.rollout import Rollout, rollout, rollout_from_images
+from srpo_core.rollout import Rollout, Start, each_of, rollout, rollout_from_images
 from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.training_data import TrainingData
 
@@ -78,6 +79,7 @@ class Learner:
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
         self.attention, self._copy = parts.attention, parts.rollout_copy
+        self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
         if config.model.recompute == "auto" and world.device.type == "cuda":
             memory = CudaMemory(world.device)
             keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
@@ -88,37 +90,55 @@ class Learner:
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
         words = self.words.pair(number)
-        tally = _Tally(self.rewards)
+        tally, finite = _Tally(self.rewards), FiniteChecks()
         try:
             with self.world.together():
-                for micro in range(self.config.optim.accumulation):
-                    self._add_gradients(number, micro, words, tally, clock)
+                for micros in self._groups():
+                    self._add_gradients(number, micros, words, tally, finite, clock)
                 self._check()
+                if self.world.size > 1:
+                    finite.require()  # before the others' gradients take it in
             with self.world.together(), clock.phase("optimizer"):
                 self.world.average([p.grad for p in self.trained.values() if p.grad is not None])
-                grad_norm, lr = self._update(number)
+                grad_norm, lr = self._update(number, finite)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         liked, disliked = words
         summary = over_processes(self.world.exchange(tally.summary()))
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
 
-    def _add_gradients(self, number: int, micro: int, words: tuple[str, str], tally: _Tally, clock: Clock) -> None:
-        """Add a micro-batch's share of the step's gradient to the trained parameters'."""
+    def _groups(self) -> list[list[int]]:
+        """The step's micro-batches, those together that are rolled out together."""
+        count, at_once = self.config.optim.accumulation, self.config.rollout.at_once
+        return [list(range(first, min(count, first + at_once))) for first in range(0, count, at_once)]
+
+    def _add_gradients(
+        self,
+        number: int,
+        micros: Sequence[int],
+        words: tuple[str, str],
+        tally: _Tally,
+        finite: FiniteChecks,
+        clock: Clock,
+    ) -> None:
+        """Add some micro-batches' share of the step's gradient to the trained parameters'."""
         with clock.phase("rollout"):
             self._check()
-            clean = self._rollout(number, micro)
-            on_photos = self.data.on_photos(self._micro(number, micro))
-            tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
-            _require_finite(clean.clean, "the rollout")
+            rollouts = self._rollouts(number, micros)
+            for micro, clean in zip(micros, rollouts, strict=True):
+                on_photos = self.data.on_photos(self._micro(number, micro))
+                tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
+                finite.add(clean.clean, "the rollout")
         with clock.phase("gradient"), self.attention.with_gradient():
-            for draw in range(self.config.align.draws_per_rollout):
-                for branch, align_step in self._align_steps(number, micro, draw):
-                    self._check()
-                    loss = self._branch_loss(clean, branch, align_step, words, tally)
-                    _require_finite(loss, f"the loss of the {branch} branch")
-                    self._check()
-                    loss.backward()
+            for micro, clean in zip(micros, rollouts, strict=True):
+                for draw in range(self.config.align.draws_per_rollout):
+                    for branch, align_step in self._align_steps(number, micro, draw):
+                        self._check()
+                        loss = self._branch_loss(clean, branch, align_step, words, tally)
+                        finite.add(loss, f"the loss of the {branch} branch")
+                        self._check()
+                        loss.backward()
+            self._look_ahead(number, micros)
 
     def _branch_loss(
         self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: _Tally
@@ -141,13 +161,14 @@ class Learner:
         tally.add(branch, loss, scores, preferred_values, align_step)
         return loss
 
-    def _update(self, number: int) -> tuple[Tensor, float]:
+    def _update(self, number: int, finite: FiniteChecks) -> tuple[Tensor, float]:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
         parameters = list(self.trained.values())
         norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
         grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
-        _require_finite(grad_norm, "the gradient")
+        finite.add(grad_norm, "the gradient")
+        finite.require()
         torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm, grad_norm)
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
@@ -169,22 +190,52 @@ class Learner:
         return micro * self.world.size + self.world.rank
 
     def _rollout(self, number: int, micro: int) -> Rollout:
-        """Clean latents of the micro-batch's prompts: sampled from noise, or encoded from their photos."""
-        config, world = self.config, self.world
-        batch = self.data.at(self._micro(number, micro), world.rank, world.size)
-        prompts = batch.prompts.to(world.device)
-        part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
-        generator = generator_for(config.seed, number, 0, f"noise {part}")
-        shape = self.flow.latent_shape(batch.height, batch.width)
-        noise = torch.randn(len(prompts), *shape, generator=generator).to(world.device)
-        if batch.photos:
-            images = load_photos(batch.photos, batch.height, batch.width).to(world.device)
-            with blamed_on("the autoencoder (model.autoencoder)"):
-                return rollout_from_images(self.autoencoder, images, prompts, noise)
+        """Clean latents of one micro-batch."""
+        return self._rollouts(number, [micro])[0]
+
+    def _rollouts(self, number: int, micros: Sequence[int]) -> list[Rollout]:
+        """Clean latents of micro-batches: sampled from noise together, or each encoded from its photos."""
+        config, starts = self.config, self._starts(number, micros)
+        sampled = [start for start in starts if start.images is None]
         sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
         guidance, calls = config.rollout.guidance, config.rollout.calls
-        with self._copy.filled() if self._copy is not None else contextlib.nullcontext(self.flow) as flow:
-            return rollout(flow, prompts, noise, sigmas, guidance, lambda *_: self._check(), calls)
+        with self._copy.filled() if self._copy is not None and sampled else contextlib.nullcontext(self.flow) as flow:
+
+            def sample(prompts: PromptBatch, noise: Tensor) -> Rollout:
+                return rollout(flow, prompts, noise, sigmas, guidance, lambda *_: self._check(), calls)
+
+            done = iter(each_of(sample, [(start.prompts, start.noise) for start in sampled]))
+        return [next(done) if start.images is None else self._encoded(start) for start in starts]
+
+    def _encoded(self, start: Start) -> Rollout:
+        with blamed_on("the autoencoder (model.autoencoder)"):
+            return rollout_from_images(self.autoencoder, start.images, start.prompts, start.noise)
+
+    def _starts(self, number: int, micros: Sequence[int]) -> list[Start]:
+        """What the micro-batches' rollouts start from, which may be there already."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == (number, *micros) else self._made(number, micros)
+
+    def _look_ahead(self, number: int, micros: Sequence[int]) -> None:
+        """Make ready what the rollouts after some micro-batches' start from, while the device is still at work."""
+        groups = self._groups()
+        place = groups.index(list(micros)) + 1
+        number, place = (number, place) if place < len(groups) else (number + 1, 0)
+        if number <= self.config.optim.steps:
+            with contextlib.suppress(Exception):  # what is wrong with it is told when its turn has come
+                self._ahead = (number, *groups[place]), self._made(number, groups[place])
+
+    def _made(self, number: int, micros: Sequence[int]) -> list[Start]:
+        config, world, starts = self.config, self.world, []
+        for micro in micros:
+            batch = self.data.at(self._micro(number, micro), world.rank, world.size)
+            part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
+            generator = generator_for(config.seed, number, 0, f"noise {part}")
+            shape = self.flow.latent_shape(batch.height, batch.width)
+            noise = torch.randn(len(batch.prompts), *shape, generator=generator)
+            images = load_photos(batch.photos, batch.height, batch.width) if batch.photos else None
+            starts.append(Start(batch.prompts, noise, images).to(world.device))
+        return starts
 
     def _align_steps(self, number: int, micro: int, draw: int) -> list[tuple[str, AlignStep]]:
         """Each branch and its gradient step, at levels drawn for this draw."""
@@ -209,14 +260,6 @@ class Learner:
         if self.average is not None:
             copy_tensors(folder, "ema", self.average.tensors, exactly=True)
         load_optimizer_tensors(self.optimizer, self.trained, read_tensors(folder, "optimizer"))
-
-
-def _require_finite(value: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise NotFiniteError(
-            f"{what} is not finite (NaN or infinite), so the run stops before the weights take it in;"
-            " try a lower optim.lr, optim.warmup_steps, or model.dtype=float32"
-        )
 
 
 class _Tally:

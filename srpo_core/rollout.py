@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +27,26 @@ class Rollout:
             raise ValueError(f"{len(self.prompts)} prompts, {shapes} don't match")
         object.__setattr__(self, "noise", self.noise.detach())
         object.__setattr__(self, "clean", self.clean.detach())
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a micro-batch's rollout starts from: noise [B, C, h, w] of its prompts, and photos in a sample's place."""
+
+    prompts: PromptBatch
+    noise: Tensor
+    images: Tensor | None
+
+    def to(self, device: torch.device) -> Start:
+        """The same on a device; it may still be on its way there when this returns."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+            return pinned.to(device, non_blocking=True)
+
+        embeds = {name: moved(tensor) for name, tensor in self.prompts.embeds.items()}
+        images = moved(self.images) if self.images is not None else None
+        return Start(PromptBatch(self.prompts.prompts, embeds), moved(self.noise), images)
 
 
 def called_steps(num_steps: int, calls: int) -> list[int]:
@@ -76,6 +96,31 @@ def _extrapolated(before: tuple[float, Tensor], last: tuple[float, Tensor], sigm
     """The velocity at sigma on the line through two (sigma, velocity)."""
     weight = (sigma - last[0]) / (last[0] - before[0])
     return torch.lerp(before[1], last[1], 1 + weight)
+
+
+def each_of(
+    sample: Callable[[PromptBatch, Tensor], Rollout], batches: Sequence[tuple[PromptBatch, Tensor]]
+) -> list[Rollout]:
+    """The rollouts of several batches of (prompts, noise): those of the same shapes are sampled as one batch."""
+    alike: dict[object, list[int]] = {}
+    for i, (prompts, noise) in enumerate(batches):
+        shapes = {name: tensor.shape[1:] for name, tensor in prompts.embeds.items()}
+        alike.setdefault((noise.shape[1:], tuple(sorted(shapes.items()))), []).append(i)
+    done: dict[int, Rollout] = {}
+    for group in alike.values():
+        chosen = [batches[i] for i in group]
+        if len(chosen) == 1:
+            done[group[0]] = sample(*chosen[0])
+            continue
+        whole = sample(_joined([prompts for prompts, _ in chosen]), torch.cat([noise for _, noise in chosen]))
+        for i, clean in zip(group, whole.clean.split([len(noise) for _, noise in chosen]), strict=True):
+            done[i] = Rollout(*batches[i], clean)
+    return [done[i] for i in range(len(batches))]
+
+
+def _joined(batches: Sequence[PromptBatch]) -> PromptBatch:
+    embeds = {name: torch.cat([batch.embeds[name] for batch in batches]) for name in batches[0].embeds}
+    return PromptBatch(sum((batch.prompts for batch in batches), ()), embeds)
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def shared_copy(module: nn.Module) -> nn.Module:
     """A tree of modules of its own with the same parameters and buffers; not compiled."""
     twin = module.__class__.__new__(module.__class__)
     own = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in vars(module).items()}
-    own.pop("_compiled_call_impl", None)
+    own.pop("forward", None)  # what was compiled belongs to the other one
     own["_modules"] = {name: child and shared_copy(child) for name, child in module._modules.items()}
     vars(twin).update(own)
     return twin

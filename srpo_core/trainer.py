@@ -99,7 +99,7 @@ class Trainer:
         if self.metrics.step and not self.metrics.preview and self._preview_is_due():
             self._after_step(log)  # a stop came during its preview
         while self.metrics.step < self.config.optim.steps:
-            clock = Clock(self.world.synchronize)
+            clock = self._clock()
             self.metrics = self._learn(self.metrics.step + 1, clock)
             if probe is not None:
                 with clock.phase("drift"):
@@ -107,13 +107,16 @@ class Trainer:
             self.metrics.seconds = clock.seconds | {"total": clock.total()}
             self._after_step(log)
 
+    def _clock(self) -> Clock:
+        return Clock(self.world.synchronize, self.world.device)
+
     def _preview_is_due(self) -> bool:
         every, step = self.config.output.preview_every, self.metrics.step
         return bool(every) and (step % every == 0 or step == self.config.optim.steps)
 
     def _after_step(self, log: MetricsLog) -> None:
         """All that is due after a step; its line is written last."""
-        metrics, clock, is_best = self.metrics, Clock(self.world.synchronize), False
+        metrics, clock, is_best = self.metrics, self._clock(), False
         last = metrics.step == self.config.optim.steps
         if self._preview_is_due():
             with clock.phase("preview"):
@@ -140,7 +143,7 @@ class Trainer:
     def _record_base(self, log: MetricsLog) -> None:
         """Step 0: a preview of the untrained model."""
         if self.config.output.preview_every:
-            clock = Clock(self.world.synchronize)
+            clock = self._clock()
             with clock.phase("preview"):
                 self._preview(self.metrics, log)
             self.metrics.seconds = clock.seconds | {"total": clock.total()}

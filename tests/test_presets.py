@@ -10,12 +10,12 @@ from full_size import DOUBLE, PARAMETERS, POOLED, SINGLE, TEXT, WIDTH, autoencod
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-from srpo_core import learner as learner_module
 from srpo_core.align import training_levels
 from srpo_core.assemble import _cast, _prepare, assemble
 from srpo_core.checks import Inputs, check_fit
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run, preset_names
+from srpo_core.finite import FiniteChecks
 from srpo_core.interfaces import PromptBatch
 from srpo_core.learner import Learner, Parts, _Tally
 from srpo_core.models.flux import FluxFlow, ImageAutoencoder
@@ -229,7 +229,7 @@ def test_a_step_goes_through_at_full_width(preset, double, single, tmp_path, mon
     words = ControlWords(config.reward.liked, config.reward.disliked)
     data = data_of(config, photos)
     parts = Parts(flow, ImageAutoencoder(pretend(vae)), [reward_of(config)], words, data, PromptBatch(()), lora=lora)
-    monkeypatch.setattr(learner_module, "_require_finite", lambda *_: None)  # a shape has no value
+    monkeypatch.setattr(FiniteChecks, "require", lambda _: None)  # a shape has no value
     learner = Learner(config, World(0, 1, torch.device("cpu")), parts)
     expected = data.at(0, 0, 1)
     clean, tally = learner._rollout(1, 0), _Tally(parts.rewards)
@@ -243,7 +243,7 @@ def test_a_step_goes_through_at_full_width(preset, double, single, tmp_path, mon
         gradient = parameter.grad
         assert (gradient is not None) == (name in learner.trained), name
         assert gradient is None or (gradient.shape == parameter.shape and gradient.dtype == torch.float32)
-    grad_norm, lr = learner._update(1)
+    grad_norm, lr = learner._update(1, FiniteChecks())
     assert grad_norm.shape == () and lr == config.optim.lr
     state = learner.optimizer.state
     assert len(state) == len(learner.trained)
