@@ -147,7 +147,7 @@ class Keeping:
                 self._decoding = max(self._decoding, before + taken - self._before_decoder)
 
     def _learned_beyond(self) -> int:
-        """By the peak so far, unless that was reached in another phase, such as a rollout: then by the decoder's pieces.
+        """By the peak so far; by the decoder's pieces, if that was reached in another phase, such as a rollout.
 
         Their gradients and the workspaces of convolutions take no more than their activations do.
         """
