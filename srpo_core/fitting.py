@@ -110,9 +110,11 @@ def what_would_fit(config: RunConfig, shapes: Shapes, free: int) -> tuple[str, .
 
 
 def less_memory(config: RunConfig, shapes: Shapes) -> str:
-    """What to try when a device ran out of memory: the run's estimate, and what changes would make of it."""
+    """What to try when a device ran out of memory: what changes would make of it, and the run's estimate by phase."""
     found = [_line(change, size) for change, size in _smaller(config, shapes)]
-    expected = f"about {size_text(estimate(config, shapes).on_card)} were expected"
+    guess = estimate(config, shapes)
+    phases = ", ".join(f"{phase} {size_text(size)}" for phase, size in guess.phases.items())
+    expected = f"about {size_text(guess.on_card)} were expected ({phases})"
     return f"try {', or '.join(found[:MOST_TRIED])}; {expected}" if found else f"{LARGER}; {expected}"
 
 
