@@ -96,6 +96,11 @@ def check_files(config: RunConfig) -> Inputs:
             f"model.frozen_memory={config.model.frozen_memory!r} freezes the matrices, and lora.rank=0 trains them; set"
             " lora.rank=16, say, or model.frozen_memory=full"
         )
+    if config.optim.states == "8bit" and getattr(config.parallel, "strategy", "replicate") != "replicate":
+        complaints.append(
+            f"optim.states='8bit' with parallel.strategy={config.parallel.strategy!r}: sharded weights have moments"
+            " in float32; set optim.states=float32"
+        )
     if config.model.trained_memory == "bfloat16" and config.model.dtype != "bfloat16":
         complaints.append(
             f"model.trained_memory='bfloat16' with model.dtype={config.model.dtype!r}: weights held in bfloat16 are"

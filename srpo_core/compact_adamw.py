@@ -114,7 +114,7 @@ class CompactAdamW(torch.optim.Optimizer):
                 numbers[3] = scale
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 for i, parameter in enumerate(group["params"]):
-                    if parameter.grad is not None:
+                    if parameter.grad is not None and parameter.numel():
                         self._update(parameter, numbers, seeds, i, constants)
 
     def _numbers(self, lr: float, constants: Constants, device: torch.device, step: int) -> tuple[Tensor, Tensor]:
