@@ -119,7 +119,8 @@ class RandomFlux(Components):
         module, dtype = self._empty(), DTYPES[self._config.dtype]
         if self._config.frozen_memory != "full" and not self.full_precision:
             memory = self._config.frozen_memory
-            module = fill_compressed(module, numbers(module, self._device), dtype, self._device, {}, BLOCKS, memory)
+            stream = numbers(self._empty(), self._device)  # whose parameters keep their shapes
+            module = fill_compressed(module, stream, dtype, self._device, {}, BLOCKS, memory)
         else:
             wanted = torch.float32 if self.full_precision else dtype
             module = fill(module, numbers(module, self._device), wanted, self._device, "random weights")

@@ -78,14 +78,14 @@ class CompactAdamW(torch.optim.Optimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _empty_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        device, count = parameter.device, parameter.numel()
+        zeros, count = parameter.detach().new_zeros, parameter.numel()
         state = {"step": torch.zeros(())}
         if not self.in_8bit or count < SMALLEST or count % BLOCK:
-            return state | {name: torch.zeros(parameter.shape, device=device) for name in MOMENTS}
+            return state | {name: zeros(parameter.shape, dtype=torch.float32) for name in MOMENTS}
         blocks = count // BLOCK
         for codes, scale, dtype in ((*CODES[:2], torch.int8), (*CODES[2:], torch.uint8)):
-            state[codes] = torch.zeros(blocks, BLOCK, dtype=dtype, device=device)
-            state[scale] = torch.zeros(blocks, 1, device=device)
+            state[codes] = zeros((blocks, BLOCK), dtype=dtype)
+            state[scale] = zeros((blocks, 1), dtype=torch.float32)
         return state
 
     def put_state(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
