@@ -30,7 +30,7 @@ from srpo_core.assemble import assemble
 from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.description import load_run
 from srpo_core.duration import matmul_rate
-from srpo_core.estimate import estimate, shapes_of
+from srpo_core.estimate import DECODE_RECOMPUTED, estimate, shapes_of
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
@@ -317,6 +317,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "decoder_bytes_a_pixel": DECODE_RECOMPUTED,
         "command": "PYTHONPATH=. python scripts/bench_memory.py --folder FOLDER --out memory.json",
     }
     there = args.out is not None and args.out.is_file()
