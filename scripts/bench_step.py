@@ -76,7 +76,7 @@ def describe(settings: str, tiny: bool) -> RunConfig:
     """The run of a row: the published recipe with its settings."""
     base = ["model.family=bench_memory:load", "data.prompts=builtin", "optim.accumulation=1", "reward.name=hpsv2"]
     base += [f"optim.steps={WARM_UP + MEASURED + 2}", "output.dir=unused"]
-    return load_run("flux-dev", [*base, *settings.split(), *(TINY.split() if tiny else [])])
+    return load_run("flux-dev-exact", [*base, *settings.split(), *(TINY.split() if tiny else [])])
 
 
 def build(config: RunConfig, tiny: bool) -> tuple[RandomFlux, Parts, Learner]:

@@ -4,6 +4,8 @@ It computes what `update_8bit` and `update_plain` do, in their order, with their
 last digit at most, where a GPU's division and roots do.
 """
 
+# ruff: noqa: ANN001 (arguments of a kernel have types of Triton's)
+
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +22,7 @@ ROWS = 4
 
 
 @triton.jit
-def _mixed(bits):  # type: ignore[no-untyped-def]
+def _mixed(bits):
     bits = bits ^ (bits >> 16)
     bits = bits * 0x7FEB352D
     bits = bits ^ (bits >> 15)
@@ -29,7 +31,7 @@ def _mixed(bits):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["index"])
-def _kernel(  # type: ignore[no-untyped-def]
+def _kernel(
     weight, gradient, first, first_scale, second, second_scale, numbers, seeds, index, count,
     beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr, decay: tl.constexpr, IN_8BIT: tl.constexpr,
     NARROW: tl.constexpr, PER_OCTAVE: tl.constexpr, SIDE: tl.constexpr, HIGH: tl.constexpr,

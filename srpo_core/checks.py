@@ -98,8 +98,8 @@ def check_files(config: RunConfig) -> Inputs:
         )
     if config.model.trained_memory == "bfloat16" and config.model.dtype != "bfloat16":
         complaints.append(
-            f"model.trained_memory='bfloat16' with model.dtype={config.model.dtype!r}: weights that are held in bfloat16"
-            " are computed with in bfloat16; set model.dtype=bfloat16, or model.trained_memory=float32"
+            f"model.trained_memory='bfloat16' with model.dtype={config.model.dtype!r}: weights held in bfloat16 are"
+            " computed with in bfloat16; set model.dtype=bfloat16, or model.trained_memory=float32"
         )
     start = None
     for setting in ("prompts", "eval_prompts") if needs_prompts(config.data) else ("eval_prompts",):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,8 @@ class CompactAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.in_8bit, self.seed = in_8bit, seed
+        self.report: Callable[[str], None] = warnings.warn
+        """Is told what makes steps take longer."""
         for parameter in self._parameters():
             self.state[parameter] = self._empty_state(parameter)
 
@@ -134,7 +136,7 @@ class CompactAdamW(torch.optim.Optimizer):
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of many kinds, before anything is computed: it can't be compiled here
-                warnings.warn(f"the optimizer's kernel can't be compiled, steps take longer: {error}", stacklevel=2)
+                self.report(f"the optimizer's kernel can't be compiled, so its steps take seconds longer: {error}")
                 self.uses_kernel = False
         shape, update = ((-1, BLOCK), update_8bit) if in_8bit else ((-1,), update_plain)
         whole = [parameter.detach().view(shape), parameter.grad.reshape(shape)]

@@ -298,7 +298,7 @@ class RewardConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="precision that a CLIP reward (hpsv2, pickscore, clip) is held and computed in; bfloat16 takes half"
-        " the memory: 1.8 GiB less for HPS",
+        " the memory, 1.8 GiB less for HPS: scores about 0.001 off, the difference of two wordings 2 %",
     )
 
 

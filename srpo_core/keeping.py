@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 MARGIN = 0.04
@@ -135,7 +135,7 @@ class Keeping:
     def _measured(self, block: nn.Module, *args: Any) -> Any:
         """Run a block that is recomputed: what it leaves in use is its output the first time, its activations then."""
         before = self.memory.allocated()
-        if block in self.index and block in self._least and self._beyond is None:  # its first backward pass begins
+        if self._beyond is None and block in self.index and block in self._least:  # the backward pass is there
             self._beyond, self._learned_size = self._learned_beyond(), self._size
         try:
             return block(*args)
@@ -147,7 +147,7 @@ class Keeping:
                 self._decoding = max(self._decoding, before + taken - self._before_decoder)
 
     def _learned_beyond(self) -> int:
-        """By the peak so far, unless that was reached in another phase, such as a rollout: then by the decoder's pieces.
+        """By the peak so far; by the decoder's pieces, if that was reached in another phase, such as a rollout.
 
         Their gradients and the workspaces of convolutions take no more than their activations do.
         """
@@ -181,7 +181,7 @@ class Keeping:
 
 
 def keep_what_fits(
-    module: nn.Module, block_types: tuple[type[nn.Module], ...], decoder: Any, memory: Memory
+    module: nn.Module, block_types: tuple[type[nn.Module], ...], decoder: nn.Module | None, memory: Memory
 ) -> Keeping:
     """Have a model and an autoencoder of diffusers keep what fits; parts of other libraries stay as they are."""
     keeping = Keeping(memory, [part for part in module.modules() if isinstance(part, block_types)])

@@ -60,7 +60,8 @@ def second_codes(values: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
 def random_bits(seed: Tensor, start: int, like: Tensor) -> Tensor:
     """int32 of `like`'s shape: number start + i mixed with a seed (int32, one number), the same on every device.
 
-    Multiplications and shifts of Wellons' lowbias32, whose bits pass statistical tests (nullprogram.com/blog/2018/07/31).
+    The multiplications and shifts are Wellons' lowbias32, whose bits pass statistical tests
+    (nullprogram.com/blog/2018/07/31).
     """
     bits = torch.arange(start, start + like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
     return mixed(bits * -1640531527 + seed)  # 2^32 / the golden ratio: neighbours lie far apart

@@ -9,6 +9,7 @@ from typing import Any
 from srpo_core.align import training_levels
 from srpo_core.checkpoint import checkpoint_step, describe_latest, latest, prune, read_state, save
 from srpo_core.columns import means
+from srpo_core.compact_adamw import CompactAdamW
 from srpo_core.config import ConfigError, ModelConfig
 from srpo_core.drift import VelocityProbe
 from srpo_core.errors import TrainingError, enough_memory
@@ -47,6 +48,8 @@ class Trainer:
         self.measures, self.held_out = parts.measures, parts.held_out
         self.notes, self.trained_on, self.less_memory = parts.notes, parts.trained_on, parts.less_memory
         self.learner = Learner(self.config, self.world, parts, self.stop.check)
+        if isinstance(self.learner.optimizer, CompactAdamW):
+            self.learner.optimizer.report = self.display.warn
         self.latent_shape = self.flow.latent_shape(self.config.data.height, self.config.data.width)
         self.previews = self._gallery(self.config.output.preview_prompts)
         self.metrics = StepMetrics(0)

@@ -1,4 +1,4 @@
-"""Trained weights in bfloat16: updates far below their spacing count on average, and a run is a function of its seed."""
+"""Trained weights in bfloat16: updates far below their spacing count on average; a run is a function of its seed."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def settings(folder, **model):
 
 
 def held(folder, memory: str) -> nn.Module:
-    return load_flow(ModelConfig(path=str(folder), dtype="float32", recompute=False, frozen_memory=memory), "cpu").module
+    chosen = ModelConfig(path=str(folder), dtype="float32", recompute=False, frozen_memory=memory)
+    return load_flow(chosen, "cpu").module
 
 
 def test_the_levels_are_the_published_ones():

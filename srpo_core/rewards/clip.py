@@ -100,6 +100,11 @@ class OpenClip:
         return self.module.encode_text(tokens)
 
 
+def _wide(features: Tensor) -> Tensor:
+    """In float32 at least: in bfloat16 scores would come in steps of 0.001."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 class ClipReward:
     """Cosine similarity of image and text in [-1, 1], times `scale`; a Reward."""
 
@@ -112,7 +117,7 @@ class ClipReward:
         """images [B, 3, H, W] in [0, 1] and n * B prompts -> [n * B]; prompt i belongs to image i % B."""
         if not len(images) or len(prompts) % len(images):
             raise ValueError(f"{len(prompts)} prompts don't divide among {len(images)} images")
-        image = F.normalize(self.clip.image_features(images, self.fit).float(), dim=-1)
+        image = F.normalize(_wide(self.clip.image_features(images, self.fit)), dim=-1)
         text = torch.stack(self._directions(prompts, image))
         return (image.repeat(len(prompts) // len(images), 1) * text).sum(-1) * self.scale
 
@@ -123,7 +128,7 @@ class ClipReward:
             kept.clear()  # the model was moved
         new = [text for text in dict.fromkeys(texts) if text not in kept]
         if new:
-            kept.update(zip(new, F.normalize(self.clip.text_features(new).float(), dim=-1).unbind(), strict=True))
+            kept.update(zip(new, F.normalize(_wide(self.clip.text_features(new)), dim=-1).unbind(), strict=True))
         found = {text: kept[text] for text in dict.fromkeys(texts)}
         for text in found:
             kept.move_to_end(text)
