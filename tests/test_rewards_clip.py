@@ -354,3 +354,24 @@ def test_unknown_rewards_are_named_with_the_nearest():
         check_reward(RewardConfig(name="hps"))
     with pytest.raises(ConfigError, match=r"reward.more, name='pickscor': unknown reward; did you mean 'pickscore'"):
         check_reward(RewardConfig(name="miniature", more=[MoreReward(name="pickscor")]))
+
+
+def test_a_text_is_read_once(hps_file, monkeypatch):
+    reward, read = hpsv2.load(RewardConfig(path=str(hps_file)), "cpu"), []
+    features = reward.clip.text_features
+
+    def noted(texts):
+        read.append(list(texts))
+        return features(texts)
+
+    monkeypatch.setattr(reward.clip, "text_features", noted)
+    first = reward(images(), ["Real. a", "Real. b", "Flat. a", "Flat. b"])
+    again = reward(images(), ["Flat. a", "Flat. b", "Real. a", "Real. b"])
+    assert torch.equal(again, first.roll(2))
+    reward(images(), ["Real. a", "Oil. b"])
+    assert read == [["Real. a", "Real. b", "Flat. a", "Flat. b"], ["Oil. b"]]
+    monkeypatch.setattr(clip, "KEPT_TEXTS", 3)
+    reward(images(), ["Oil. c", "Real. a"])
+    assert list(reward._texts) == ["Oil. b", "Oil. c", "Real. a"]  # those asked for last
+    reward(images(), ["Flat. a", "Real. a"])
+    assert read[-1] == ["Flat. a"]
