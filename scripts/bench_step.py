@@ -233,6 +233,9 @@ def profiled(step: Callable[[], object], device: torch.device) -> str:
 def child(args: argparse.Namespace) -> None:
     """Measure one row and print it as JSON, last of all."""
     config = describe(args.one, args.tiny)
+    if args.cap_gib and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
     try:
         row = measure(config, args.tiny, args.profile)
     except Exception as error:
@@ -255,6 +258,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         start = time.perf_counter()
         command = [sys.executable, __file__, "--one", settings, *(["--tiny"] if args.tiny else [])]
         command += ["--profile", str(args.profile)] if args.profile else []
+        command += ["--cap-gib", str(args.cap_gib)] if args.cap_gib else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
             lines, errors = done.stdout.splitlines(), done.stderr
@@ -265,6 +269,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         row = json.loads(found[-1][4:]) if found else {"settings": settings, "error": errors[-3000:]}
         row["said"] = [line[2:] for line in lines if line.startswith("# ")]
         row["warned"] = [line[:300] for line in errors.splitlines() if line.strip()][-20:]
+        row |= {"cap_gib": args.cap_gib} if args.cap_gib else {}
         yield name, row | {"seconds_of_the_process": round(time.perf_counter() - start, 1)}
 
 
@@ -276,6 +281,7 @@ def main() -> None:
     parser.add_argument("--row", action="append", default=[], help='a row of your own, "name: key=value key=value"')
     parser.add_argument("--seconds", type=float, default=3600.0, help="no row is begun that can't end by then")
     parser.add_argument("--profile", type=Path, help="file for a table of what a step spends its time on")
+    parser.add_argument("--cap-gib", type=float, default=0.0, help="memory that a row may take, as a smaller card's")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -76,6 +76,11 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 is too coarse for resizing, and scores would come in steps of 0.001."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class OpenClip:
     """An open_clip `CLIP` as a Clip, with open_clip's tokenizer; the image tower is recomputed block by block."""
 
@@ -98,11 +103,6 @@ class OpenClip:
     def text_features(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenize(list(texts)).to(self.module.logit_scale.device, non_blocking=True)
         return self.module.encode_text(tokens)
-
-
-def _wide(features: Tensor) -> Tensor:
-    """In float32 at least: in bfloat16 scores would come in steps of 0.001."""
-    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 class ClipReward:
