@@ -356,6 +356,27 @@ def test_unknown_rewards_are_named_with_the_nearest():
         check_reward(RewardConfig(name="miniature", more=[MoreReward(name="pickscor")]))
 
 
+def test_a_text_is_read_once(hps_file, monkeypatch):
+    reward, read = hpsv2.load(RewardConfig(path=str(hps_file)), "cpu"), []
+    features = reward.clip.text_features
+
+    def noted(texts):
+        read.append(list(texts))
+        return features(texts)
+
+    monkeypatch.setattr(reward.clip, "text_features", noted)
+    first = reward(images(), ["Real. a", "Real. b", "Flat. a", "Flat. b"])
+    again = reward(images(), ["Flat. a", "Flat. b", "Real. a", "Real. b"])
+    assert torch.equal(again, first.roll(2))
+    reward(images(), ["Real. a", "Oil. b"])
+    assert read == [["Real. a", "Real. b", "Flat. a", "Flat. b"], ["Oil. b"]]
+    monkeypatch.setattr(clip, "KEPT_TEXTS", 3)
+    reward(images(), ["Oil. c", "Real. a"])
+    assert list(reward._texts) == ["Oil. b", "Oil. c", "Real. a"]  # those asked for last
+    reward(images(), ["Flat. a", "Real. a"])
+    assert read[-1] == ["Flat. a"]
+
+
 @pytest.mark.parametrize("kind", ["open_clip", "transformers"])
 def test_in_bfloat16_it_takes_half_the_memory_and_scores_nearly_the_same(tmp_path, state, hps_file, kind):
     path = hps_file if kind == "open_clip" else in_folder(tmp_path / "model", state)
