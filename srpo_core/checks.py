@@ -20,6 +20,7 @@ from srpo_core.prompts import read_prompts, without_held_out
 from srpo_core.rewards import check_reward
 from srpo_core.run_folder import check_space
 from srpo_core.training_data import needs_prompts, photo_sizes, sources
+from srpo_core.weights.fp8_linear import check_fp8
 from srpo_core.weights.lora_names import Lora
 
 
@@ -44,6 +45,14 @@ class Ready:
     held_out: Sequence[str]
 
 
+TRAINED_BYTES = {"float32": 4, "bfloat16": 2}
+"""Of a trained weight or its gradient, by model.trained_memory."""
+MOMENTS_BYTES = {"float32": 8, "8bit": 2 + 8 / 256}
+"""Of a trained weight's two moments, by optim.states."""
+FROZEN_BYTES = {"8bit": 1.0, "fp8": 1.0, "4bit": 0.5 + 1 / 64}
+"""Of a frozen matrix's number, by model.frozen_memory, where that is less than model.dtype."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """How many parameters a run trains and how many it leaves as they are."""
@@ -55,15 +64,24 @@ class Footprint:
 
     def least_bytes(self, config: RunConfig) -> int:
         """Memory for weights, gradients and optimizer: more is needed, less can't be."""
-        copies = 5 if config.optim.ema_decay else 4
-        frozen = self.frozen * (2 if config.model.dtype == "bfloat16" else 4)
-        if config.model.frozen_memory == "8bit":
-            frozen = self.frozen  # nearly all of them are matrices
-        return 4 * copies * self.trained + frozen
+        number = 2 if config.model.dtype == "bfloat16" else 4
+        frozen = FROZEN_BYTES.get(config.model.frozen_memory, number)  # nearly all of them are matrices
+        return round(self.trained * (self.held(config) + self.held_while_training(config)) + self.frozen * frozen)
+
+    def held(self, config: RunConfig) -> float:
+        """Bytes on the device for each trained number, all the time: the weight, its moments, its average."""
+        narrow = config.model.trained_memory == "bfloat16"  # its average is on the host
+        average = 4 if config.optim.ema_decay and not narrow else 0
+        return TRAINED_BYTES[config.model.trained_memory] + MOMENTS_BYTES[config.optim.states] + average
+
+    def held_while_training(self, config: RunConfig) -> float:
+        """Bytes for each trained number's gradient."""
+        return TRAINED_BYTES[config.model.trained_memory]
 
     def checkpoint_bytes(self, config: RunConfig) -> int:
         """Size of a checkpoint: weights, two moments, and the average if there is one."""
-        return 4 * self.trained * (4 if config.optim.ema_decay else 3)
+        weight, moments = TRAINED_BYTES[config.model.trained_memory], MOMENTS_BYTES[config.optim.states]
+        return round(self.trained * (weight + moments + (4 if config.optim.ema_decay else 0)))
 
     def result_bytes(self, config: RunConfig) -> int:
         """Size of the result's file: a LoRA in float32, or all weights in model.dtype."""
@@ -77,10 +95,20 @@ def check_files(config: RunConfig) -> Inputs:
     """
     complaints: list[str] = []
     photos: list[Photo] = []
-    if config.model.frozen_memory == "8bit" and not config.lora.rank:
+    if config.model.frozen_memory != "full" and not config.lora.rank:
         complaints.append(
-            "model.frozen_memory='8bit' freezes the matrices, and lora.rank=0 trains them; set lora.rank=16, say, or"
-            " model.frozen_memory=full"
+            f"model.frozen_memory={config.model.frozen_memory!r} freezes the matrices, and lora.rank=0 trains them; set"
+            " lora.rank=16, say, or model.frozen_memory=full"
+        )
+    if config.optim.states == "8bit" and getattr(config.parallel, "strategy", "replicate") != "replicate":
+        complaints.append(
+            f"optim.states='8bit' with parallel.strategy={config.parallel.strategy!r}: sharded weights have moments"
+            " in float32; set optim.states=float32"
+        )
+    if config.model.trained_memory == "bfloat16" and config.model.dtype != "bfloat16":
+        complaints.append(
+            f"model.trained_memory='bfloat16' with model.dtype={config.model.dtype!r}: weights held in bfloat16 are"
+            " computed with in bfloat16; set model.dtype=bfloat16, or model.trained_memory=float32"
         )
     start = None
     for setting in ("prompts", "eval_prompts") if needs_prompts(config.data) else ("eval_prompts",):
@@ -137,15 +165,28 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     _check_sizes(config, flow, inputs.photos)
     if inputs.start is not None:
         check_start(inputs.start, config.lora, flow)
+    if config.rollout.precision == "fp8":
+        check_fp8(device, "rollout.precision='fp8'")
     footprint = footprint_of(config, flow)
     total, least = device_memory(device), footprint.least_bytes(config)
     if total is not None and least > total:
-        way_out = "train a LoRA (lora.rank=16)" if not config.lora.rank else "a larger device is needed"
+        way_out = _fewer_bits(config, footprint, total)
         raise ConfigError(
             f"lora.rank={config.lora.rank}: weights, gradients and optimizer alone take {least / 2**30:.1f} GiB,"
             f" {device} has {total / 2**30:.1f} GiB; {way_out}"
         )
     return footprint
+
+
+def _fewer_bits(config: RunConfig, footprint: Footprint, total: int) -> str:
+    """What to do about weights, gradients and optimizer that take more than there is."""
+    if config.lora.rank:
+        return "a larger device is needed"
+    narrow = config.model_copy(deep=True)
+    narrow.model.trained_memory, narrow.optim.states = "bfloat16", "8bit"
+    least = footprint.least_bytes(narrow)
+    fewer = f"hold them in fewer bits (model.trained_memory=bfloat16 optim.states=8bit: {least / 2**30:.1f} GiB)"
+    return f"{fewer}, or train a LoRA (lora.rank=16)" if least < total else "train a LoRA (lora.rank=16)"
 
 
 def check_size(flow: TrainableFlow, height: int, width: int) -> None:

@@ -33,6 +33,13 @@ def stop(args: Namespace) -> int:
     return stop(args)
 
 
+def plan(args: Namespace) -> int:
+    """Say what a run takes of a card; the exit code is that of wrong settings where it doesn't fit."""
+    from srpo_core.training_commands import plan
+
+    return plan(args)
+
+
 def sample(args: Namespace) -> int:
     """Draw pictures and say where they are."""
     config = load_run(run_source(args.source), args.overrides)

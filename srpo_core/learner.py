@@ -13,19 +13,31 @@ import torch
 from torch import Tensor
 
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
+from srpo_core.attention import Attention
 from srpo_core.checkpoint import copy_tensors, read_tensors
 from srpo_core.config import RunConfig
-from srpo_core.errors import NotFiniteError, blamed_on
+from srpo_core.errors import blamed_on
+from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
+from srpo_core.keeping import CudaMemory, keep_what_fits
 from srpo_core.metrics import Clock, StepMetrics, over_processes
-from srpo_core.optim import Average, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from srpo_core.parallel import World, attention_with_gradient
+from srpo_core.optim import (
+    Average,
+    clip_and_step,
+    gradient_norm,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
+from srpo_core.parallel import World
 from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
 from srpo_core.rewards.mixture import WeightedReward, weighted_mean
-from srpo_core.rollout import Rollout, rollout, rollout_from_images
+from srpo_core.rollout import Rollout, Start, each_of, rollout, rollout_from_images
+from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.training_data import TrainingData
 
 
@@ -46,6 +58,10 @@ class Parts:
     """What state.json tells of a LoRA: {"rank", "alpha", "targets"}."""
     notes: Sequence[str] = ()
     """What the user should know before training starts."""
+    attention: Attention = field(default_factory=Attention)
+    """The kernels that its calls use."""
+    rollout_copy: RolloutCopy | None = None
+    """What is rolled out in the flow's place."""
     trained_on: str = ""
     """A digest of the prompts and photos: a resumed run says so if they are others."""
     less_memory: Callable[[], str] = lambda: "try a smaller data.batch_size or data.height and data.width"
@@ -63,44 +79,53 @@ class Learner:
         self.config, self.world, self._check = config, world, check
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
+        self.attention, self._copy = parts.attention, parts.rollout_copy
+        self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
+        if config.model.recompute == "auto" and world.device.type == "cuda":
+            memory = CudaMemory(world.device)
+            keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trained, config.optim)
+        self.optimizer = make_optimizer(self.trained, config.optim, config.seed)
         self.average = Average(self.trained, config.optim.ema_decay) if config.optim.ema_decay else None
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
         words = self.words.pair(number)
-        tally = _Tally(self.rewards)
+        tally, finite = _Tally(self.rewards), FiniteChecks()
         try:
             with self.world.together():
-                for micro in range(self.config.optim.accumulation):
-                    self._add_gradients(number, micro, words, tally, clock)
+                with clock.phase("rollout"):
+                    rollouts = self._rollouts(number, range(self.config.optim.accumulation))
+                with clock.phase("gradient"), self.attention.with_gradient():
+                    for micro, clean in enumerate(rollouts):
+                        self._add_gradients(number, micro, clean, words, tally, finite)
+                    self._look_ahead(number)
                 self._check()
+                if self.world.size > 1:
+                    finite.require()  # before the others' gradients take it in
             with self.world.together(), clock.phase("optimizer"):
                 self.world.average([p.grad for p in self.trained.values() if p.grad is not None])
-                grad_norm, lr = self._update(number)
+                grad_norm, lr = self._update(number, finite)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         liked, disliked = words
         summary = over_processes(self.world.exchange(tally.summary()))
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
 
-    def _add_gradients(self, number: int, micro: int, words: tuple[str, str], tally: _Tally, clock: Clock) -> None:
+    def _add_gradients(
+        self, number: int, micro: int, clean: Rollout, words: tuple[str, str], tally: _Tally, finite: FiniteChecks
+    ) -> None:
         """Add a micro-batch's share of the step's gradient to the trained parameters'."""
-        with clock.phase("rollout"):
-            self._check()
-            clean = self._rollout(number, micro)
-            on_photos = self.data.on_photos(self._micro(number, micro))
-            tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
-            _require_finite(clean.clean, "the rollout")
-        with clock.phase("gradient"), attention_with_gradient():
-            for draw in range(self.config.align.draws_per_rollout):
-                for branch, align_step in self._align_steps(number, micro, draw):
-                    self._check()
-                    loss = self._branch_loss(clean, branch, align_step, words, tally)
-                    _require_finite(loss, f"the loss of the {branch} branch")
-                    self._check()
-                    loss.backward()
+        on_photos = self.data.on_photos(self._micro(number, micro))
+        tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
+        finite.add(clean.clean, "the rollout")
+        for draw in range(self.config.align.draws_per_rollout):
+            for branch, align_step in self._align_steps(number, micro, draw):
+                self._check()
+                loss = self._branch_loss(clean, branch, align_step, words, tally)
+                finite.add(loss, f"the loss of the {branch} branch")
+                self._check()
+                loss.backward()
 
     def _branch_loss(
         self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: _Tally
@@ -123,18 +148,17 @@ class Learner:
         tally.add(branch, loss, scores, preferred_values, align_step)
         return loss
 
-    def _update(self, number: int) -> tuple[Tensor, float]:
+    def _update(self, number: int, finite: FiniteChecks) -> tuple[Tensor, float]:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
-        parameters = list(self.trained.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm([p.grad for p in self.trained.values() if p.grad is not None])
         grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
-        _require_finite(grad_norm, "the gradient")
-        torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm, grad_norm)
+        finite.add(grad_norm, "the gradient")
+        finite.require()
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        clip_and_step(self.optimizer, self.trained, optim.max_grad_norm, grad_norm)
         if self.average is not None:
             self.average.update(number)
         return grad_norm, lr
@@ -151,20 +175,58 @@ class Learner:
         return micro * self.world.size + self.world.rank
 
     def _rollout(self, number: int, micro: int) -> Rollout:
-        """Clean latents of the micro-batch's prompts: sampled from noise, or encoded from their photos."""
-        config, world = self.config, self.world
-        batch = self.data.at(self._micro(number, micro), world.rank, world.size)
-        prompts = batch.prompts.to(world.device)
-        part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
-        generator = generator_for(config.seed, number, 0, f"noise {part}")
-        shape = self.flow.latent_shape(batch.height, batch.width)
-        noise = torch.randn(len(prompts), *shape, generator=generator).to(world.device)
-        if batch.photos:
-            images = load_photos(batch.photos, batch.height, batch.width).to(world.device)
-            with blamed_on("the autoencoder (model.autoencoder)"):
-                return rollout_from_images(self.autoencoder, images, prompts, noise)
-        sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
-        return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, lambda *_: self._check())
+        """Clean latents of one micro-batch."""
+        return self._rollouts(number, [micro])[0]
+
+    def _rollouts(self, number: int, micros: Sequence[int]) -> list[Rollout]:
+        """Clean latents of micro-batches: sampled from noise, some together, or encoded from their photos.
+
+        All of a step's come before its first gradient: those take as much memory as a copy for rollouts.
+        """
+        config, starts, done = self.config.rollout, self._starts(number, micros), []
+        sigmas = shifted_sigmas(config.num_steps, config.shift)
+        copied = self._copy is not None and any(start.images is None for start in starts)
+        with self._copy.filled() if copied else contextlib.nullcontext(self.flow) as flow:
+
+            def sample(prompts: PromptBatch, noise: Tensor) -> Rollout:
+                self._check()
+                return rollout(flow, prompts, noise, sigmas, config.guidance, lambda *_: self._check(), config.calls)
+
+            for first in range(0, len(starts), config.at_once):
+                group = starts[first : first + config.at_once]
+                sampled = iter(each_of(sample, [(one.prompts, one.noise) for one in group if one.images is None]))
+                done += [next(sampled) if one.images is None else self._encoded(one) for one in group]
+        return done
+
+    def _encoded(self, start: Start) -> Rollout:
+        self._check()
+        images = start.images.to(self.world.device, non_blocking=True)
+        with blamed_on("the autoencoder (model.autoencoder)"):
+            return rollout_from_images(self.autoencoder, images, start.prompts, start.noise)
+
+    def _starts(self, number: int, micros: Sequence[int]) -> list[Start]:
+        """What the micro-batches' rollouts start from, which may be there already."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == (number, *micros) else self._made(number, micros)
+
+    def _look_ahead(self, number: int) -> None:
+        """Make ready what the next step's rollouts start from, while the device is still at work."""
+        micros = range(self.config.optim.accumulation)
+        if number < self.config.optim.steps:
+            with contextlib.suppress(Exception):  # what is wrong with it is told when its turn has come
+                self._ahead = (number + 1, *micros), self._made(number + 1, micros)
+
+    def _made(self, number: int, micros: Sequence[int]) -> list[Start]:
+        config, world, starts = self.config, self.world, []
+        for micro in micros:
+            batch = self.data.at(self._micro(number, micro), world.rank, world.size)
+            part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
+            generator = generator_for(config.seed, number, 0, f"noise {part}")
+            shape = self.flow.latent_shape(batch.height, batch.width)
+            noise = torch.randn(len(batch.prompts), *shape, generator=generator)
+            images = load_photos(batch.photos, batch.height, batch.width) if batch.photos else None
+            starts.append(Start(batch.prompts, noise, images).to(world.device))
+        return starts
 
     def _align_steps(self, number: int, micro: int, draw: int) -> list[tuple[str, AlignStep]]:
         """Each branch and its gradient step, at levels drawn for this draw."""
@@ -189,14 +251,6 @@ class Learner:
         if self.average is not None:
             copy_tensors(folder, "ema", self.average.tensors, exactly=True)
         load_optimizer_tensors(self.optimizer, self.trained, read_tensors(folder, "optimizer"))
-
-
-def _require_finite(value: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise NotFiniteError(
-            f"{what} is not finite (NaN or infinite), so the run stops before the weights take it in;"
-            " try a lower optim.lr, optim.warmup_steps, or model.dtype=float32"
-        )
 
 
 class _Tally:

@@ -1,4 +1,4 @@
-"""`srpo train`, `status` and `stop`: runs started, looked at and stopped, and what is said about them."""
+"""`srpo train`, `plan`, `status` and `stop`: runs planned, started, looked at and stopped, and what is said of them."""
 
 from __future__ import annotations
 
@@ -113,6 +113,15 @@ def _check(config: RunConfig, resume: bool) -> int:
         lines = [*lines, ("result", str(place))]
     print("The run is fine to start:\n" + "".join(f"  {name:<12} {text}\n" for name, text in lines), end="")
     return 0
+
+
+def plan(args: Namespace) -> int:
+    """Say what a run takes of a card; the exit code is that of wrong settings where it doesn't fit."""
+    from srpo_core.card_plan import Cards, plan_cards
+
+    planned = plan_cards(train_config(args.source, args.overrides), Cards(args.card_gb, args.gpus, args.tflops))
+    print("".join(f"  {name:<8} {text}\n" for name, text in planned.rows()), end="")
+    return 0 if planned.fits else 2
 
 
 def _say_where(config: RunConfig, run_dir: Path) -> None:

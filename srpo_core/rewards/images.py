@@ -6,9 +6,11 @@ round to 8 bits, and it may leave [0, 1] a little beside sharp edges, where PIL 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,9 +41,25 @@ def square(images: Tensor, size: int, fit: Fit) -> Tensor:
     return (resize_pad if fit == "pad" else resize_crop)(images, size)
 
 
+def prepared(
+    images: Tensor, size: int, fit: Fit, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> what a tower takes, [B, 3, size, size] in `dtype`; worked out in float32 at least."""
+    wide = images.to(torch.promote_types(dtype, torch.float32))
+    return normalise(square(wide, size, fit), mean, std).to(dtype)
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel."""
-    return (images - images.new_tensor(mean).view(-1, 1, 1)) / images.new_tensor(std).view(-1, 1, 1)
+    shift, width = (_channels(tuple(values), images.device, images.dtype) for values in (mean, std))
+    return (images - shift) / width
+
+
+@functools.lru_cache(maxsize=64)
+def _channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number for each channel [C, 1, 1], kept: bringing it to a GPU would have the host wait each time."""
+    with torch.inference_mode(False):  # for use with gradient too
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 def _resize(images: Tensor, height: int, width: int) -> Tensor:
