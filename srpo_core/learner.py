@@ -24,6 +24,7 @@ from srpo_core.keeping import CudaMemory, keep_what_fits
 from srpo_core.metrics import Clock, StepMetrics, over_processes
 from srpo_core.optim import (
     Average,
+    clip_and_step,
     gradient_norm,
     learning_rate,
     load_optimizer_tensors,
@@ -150,16 +151,14 @@ class Learner:
     def _update(self, number: int, finite: FiniteChecks) -> tuple[Tensor, float]:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
-        parameters = list(self.trained.values())
-        norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm([p.grad for p in self.trained.values() if p.grad is not None])
         grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
         finite.add(grad_norm, "the gradient")
         finite.require()
-        torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm, grad_norm)
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        clip_and_step(self.optimizer, self.trained, optim.max_grad_norm, grad_norm)
         if self.average is not None:
             self.average.update(number)
         return grad_norm, lr

@@ -74,17 +74,18 @@ def test_a_run_is_checked_and_told_without_loading_it(files, tmp_path, capsys):
 def test_the_disk_is_asked_before_anything_is_loaded(files, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 300 * 10**9))
-    assert main(["train", "flux-dev", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
+    assert main(["train", "flux-dev-exact", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
     assert "checkpoints need about 399.0 GiB more (133.0 GiB each, 3 at once)" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"399.0 GiB more"):
-        assemble(load_run("flux-dev", [*files, f"output.dir={tmp_path / 'run'}"]))
+        assemble(load_run("flux-dev-exact", [*files, f"output.dir={tmp_path / 'run'}"]))
 
 
 def test_a_device_that_cannot_hold_the_weights_is_refused_before_they_are_read(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checks, "device_memory", lambda device: 80 * 10**9)
-    assert main(["train", "flux-dev", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
+    assert main(["train", "flux-dev-exact", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
     told = capsys.readouterr().err
-    assert "weights, gradients and optimizer alone take 177.3 GiB, cpu has 74.5 GiB; train a LoRA" in told
+    assert "(model.trained_memory=bfloat16 optim.states=8bit: 66.9 GiB)" in told
+    assert "weights, gradients and optimizer alone take 177.3 GiB, cpu has 74.5 GiB; hold them in fewer bits" in told
 
 
 def test_memory_is_counted_by_hand():
@@ -208,7 +209,7 @@ def planned(capsys, *words: str) -> tuple[int, str]:
 
 
 def test_a_preset_is_planned_without_its_files(capsys):
-    """The published shapes stand in for files that are not named yet; nothing else of the run is looked at."""
+    """The published shapes stand in for files that are not named yet."""
     code, told = planned(capsys, "flux-dev-lora-24gb", "--card-gb", "24", "--tflops", "165")
     assert code == 0 and "gradient step: 18.6 GiB" in told and "it fits" in told
     assert "rollout:" in told.partition("time")[2] and "a step" in told
@@ -219,8 +220,8 @@ def test_a_preset_is_planned_without_its_files(capsys):
 
 @pytest.mark.parametrize(
     ("preset", "card", "fits"),
-    [("flux-dev", 80, True), ("flux-dev", 48, False), ("flux-dev-lora-24gb", 24, True), ("flux-dev-lora-16gb", 16, True),
-     ("flux-dev-lora-16gb", 12, False), ("flux-dev-lora", 48, True), ("flux-dev-lora", 24, False)],
+    [("flux-dev", 80, True), ("flux-dev", 48, False), ("flux-dev-lora-24gb", 24, True), ("flux-dev-lora", 48, True),
+     ("flux-dev-lora", 24, False), ("flux-dev-lora-16gb", 16, True), ("flux-dev-lora-16gb", 12, False)],
 )  # fmt: skip
 def test_presets_fit_the_cards_that_they_are_for(preset, card, fits):
     plan = plan_cards(load_run(preset, ["parallel.device=cpu"]), Cards(gib=card))
