@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,23 +101,31 @@ def choose_attention(
         return Attention(), ""
     if wanted == "cudnn":
         return Attention("cudnn"), "attention: cudnn without gradient, PyTorch's choice of the others with it"
-    if wanted != "auto":
+    if wanted in NATIVE:
         return Attention(wanted, wanted), ""
-    query = _query_of(flow, prompts, latents, guidance)
+    query, is_wide = _query_of(flow, prompts, latents, guidance)
+    if wanted in PACKAGES:
+        if is_wide:
+            raise ConfigError(
+                f"model.attention={wanted!r} takes queries in bfloat16, this run's are in float32; model.dtype and"
+                " model.trained_memory=bfloat16 change that, or set it to auto"
+            )
+        return Attention(wanted, wanted), ""
     if query is None or query.dtype == torch.float32:
         return Attention(), ""
-    return _measured(query)
+    return _measured(query, NATIVE if is_wide else {**NATIVE, **PACKAGES})
 
 
 def _is_there(name: str) -> bool:
     return name in NATIVE or importlib.util.find_spec(PACKAGES[name][0]) is not None
 
 
-def _measured(query: Tensor) -> tuple[Attention, str]:
-    """The fastest kernels for queries of a shape [B, heads, tokens, width]."""
+def _measured(query: Tensor, suitable: Container[str]) -> tuple[Attention, str]:
+    """The fastest of the `suitable` kernels for queries of a shape [B, heads, tokens, width]."""
     told, chosen = [], []
     for names, gradient in ((WITHOUT_GRADIENT, False), (WITH_GRADIENT, True)):
-        times = {name: seconds for name in names if _is_there(name) and (seconds := trial(name, query, gradient))}
+        tried = [name for name in names if name in suitable and _is_there(name)]
+        times = {name: seconds for name in tried if (seconds := trial(name, query, gradient))}
         chosen.append(fastest(times))
         listed = ", ".join(f"{name} {seconds * 1e3:.2f} ms" for name, seconds in times.items())
         told.append(f"{chosen[-1]} {'with' if gradient else 'without'} gradient ({listed or 'none agrees'})")
@@ -145,14 +153,16 @@ class _Seen(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _query_of(flow: FlowModel, prompts: PromptBatch, latents: Tensor, guidance: float) -> Tensor | None:
-    """A query of the flow's attention, in the precision that it is worked out in; None if there is none."""
+def _query_of(flow: FlowModel, prompts: PromptBatch, latents: Tensor, guidance: float) -> tuple[Tensor | None, bool]:
+    """A query of the flow's attention, in the precision that it is worked out in; None if there is none.
+
+    And whether it comes in float32: autocast narrows it for PyTorch's own kernels alone.
+    """
     with _Seen() as seen:
         flow.velocity(latents, torch.full((len(latents),), 0.9, device=latents.device), prompts, guidance)
     if seen.query is None:
-        return None
-    narrow = getattr(flow, "dtype", seen.query.dtype)  # under autocast that is what the kernel gets
-    return seen.query.to(narrow)
+        return None, False
+    return seen.query.to(getattr(flow, "dtype", seen.query.dtype)), seen.query.dtype == torch.float32
 
 
 def trial(name: str, like: Tensor, gradient: bool) -> float | None:

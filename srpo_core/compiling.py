@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 CACHE = "~/.cache/srpo/compiled"
 """Where compiled code is kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
@@ -30,7 +29,10 @@ class Compiler:
 
     def __init__(self, report: Callable[[str], None], one_shape: bool = True) -> None:
         """With `one_shape` each shape has code of its own, which is faster; else many shapes share some."""
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # seconds to import
+
         self.report, self.dynamic, self.backend = report, False if one_shape else None, "inductor"
+        self._too_many, self._failure = FailOnRecompileLimitHit, TorchDynamoException
         self.stopped = False
         self._told: set[str] = set()
         settings = torch._dynamo.config
@@ -49,11 +51,10 @@ class Compiler:
                 return function(*args, **kwargs)
             try:
                 return compiled(*args, **kwargs)
-            except FailOnRecompileLimitHit:  # other shapes still have theirs
+            except self._too_many:  # other shapes still have theirs
                 self._tell("there are too many shapes to compile for: some steps run without compilation")
-            except TorchDynamoException as error:  # while it compiles: nothing has been computed yet
-                self.stopped = True
-                self._tell(f"model.compile=true can't be done here, the run goes on without: {_reason(error)}")
+            except self._failure as error:  # while it compiles: nothing has been computed yet
+                self.gives_up(error)
             return function(*args, **kwargs)
 
         return call
@@ -63,6 +64,17 @@ class Compiler:
         for block in module.modules():
             if isinstance(block, types):
                 block.forward = self.function(block.forward)
+
+    def gives_up(self, error: BaseException) -> bool:
+        """Whether an error is the compiler's: then nothing is compiled any more, and what led to it can be tried again.
+
+        Backward passes are compiled when the first one runs, so theirs come out of it.
+        """
+        if self.stopped or not isinstance(error, self._failure):
+            return False
+        self.stopped = True
+        self._tell(f"model.compile=true can't be done here, the run goes on without: {_reason(error)}")
+        return True
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:

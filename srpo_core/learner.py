@@ -15,6 +15,7 @@ from torch import Tensor
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
 from srpo_core.attention import Attention
 from srpo_core.checkpoint import copy_tensors, read_tensors
+from srpo_core.compiling import Compiler
 from srpo_core.config import RunConfig
 from srpo_core.errors import blamed_on
 from srpo_core.finite import FiniteChecks
@@ -62,6 +63,8 @@ class Parts:
     """The kernels that its calls use."""
     rollout_copy: RolloutCopy | None = None
     """What is rolled out in the flow's place."""
+    compiler: Compiler | None = None
+    """What compiled the flow's blocks."""
     trained_on: str = ""
     """A digest of the prompts and photos: a resumed run says so if they are others."""
     less_memory: Callable[[], str] = lambda: "try a smaller data.batch_size or data.height and data.width"
@@ -79,7 +82,7 @@ class Learner:
         self.config, self.world, self._check = config, world, check
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
-        self.attention, self._copy = parts.attention, parts.rollout_copy
+        self.attention, self._copy, self._compiler = parts.attention, parts.rollout_copy, parts.compiler
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
         if config.model.recompute == "auto" and world.device.type == "cuda":
             memory = CudaMemory(world.device)
@@ -90,6 +93,14 @@ class Learner:
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
+        try:
+            return self._step(number, clock)
+        except RuntimeError as error:
+            if self._compiler is None or self.world.size > 1 or not self._compiler.gives_up(error):
+                raise
+        return self._step(number, clock)
+
+    def _step(self, number: int, clock: Clock) -> StepMetrics:
         words = self.words.pair(number)
         tally, finite = _Tally(self.rewards), FiniteChecks()
         try:

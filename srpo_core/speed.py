@@ -36,6 +36,7 @@ def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Call
         compiler = make_compiler(device, report, one_shape=config.data.photos is None or not config.data.bucket_step)
         if compiler is not None:
             compiler.blocks(flow.module, flow.block_types)
+            parts.compiler = compiler
             notes.append(WARNING)
     if config.rollout.precision == "fp8":
         parts.rollout_copy = RolloutCopy(flow, DTYPES[config.model.dtype], compiler)

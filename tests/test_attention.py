@@ -63,7 +63,7 @@ def test_the_fastest_is_taken_with_and_without_gradient(monkeypatch):
         return times.get((name, gradient))
 
     monkeypatch.setattr(attention, "trial", known)
-    chosen, told = attention._measured(QUERY)
+    chosen, told = attention._measured(QUERY, attention.NATIVE)
     assert chosen == Attention("cudnn", "efficient")
     assert ("cudnn", True) not in asked
     assert "2 x 3 x 40 x 16" in told and "cudnn 1.00 ms" in told and "flash 5.00 ms" in told
@@ -101,9 +101,13 @@ def test_a_kernel_that_cannot_is_left_out(monkeypatch):
 
 
 def test_the_query_that_is_measured_is_the_flows_own():
-    query = _query_of(tiny_flow(torch.bfloat16), PROMPTS, LATENTS, 3.5)
-    assert query.shape == (2, 2, 16 + 5, 16) and query.dtype == torch.bfloat16  # heads, tokens and text tokens
-    assert _query_of(ExactFlow(), *toy_batch(2), 1.0) is None
+    for dtype in (torch.float32, torch.bfloat16):
+        flow = tiny_flow(dtype)
+        flow.module.to(dtype)
+        query, is_wide = _query_of(flow, PROMPTS, LATENTS, 3.5)
+        assert query.shape == (2, 2, 16 + 5, 16) and query.dtype == dtype  # heads, tokens and text tokens
+        assert is_wide == (dtype == torch.float32)
+    assert _query_of(ExactFlow(), *toy_batch(2), 1.0) == (None, False)
 
 
 # ---- its use

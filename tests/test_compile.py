@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import encode_text, tiny_config, tiny_flow
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 
 from srpo_core import compiling
 from srpo_core.assemble import assemble
@@ -195,7 +197,26 @@ def test_a_run_is_compiled_and_says_so(tmp_path, monkeypatch):
     assert counters["stats"]["unique_graphs"] >= 4
 
 
-def with_backend(*given):
+def test_a_backward_pass_that_cannot_be_compiled_is_tried_again_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiling, "Compiler", lambda *given: with_backend(*given, backend=forward_only))
+    ours = assemble(tiny_config(tmp_path / "ours", model__compile=True)).learner
+    exact = assemble(tiny_config(tmp_path / "exact")).learner
+    for number in (1, 2):
+        told, wanted = (learner.step(number, Clock(lambda: None)) for learner in (ours, exact))
+        assert told.loss == wanted.loss and told.grad_norm == wanted.grad_norm
+    assert capsys.readouterr().out.count("the run goes on without") == 1
+
+
+def forward_only(graph, inputs):
+    """A compiler whose code for a backward pass turns out to be none."""
+
+    def refuses(graph, inputs):
+        raise InductorError(RuntimeError("Scalar out of range"), None)
+
+    return aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=refuses)(graph, inputs)
+
+
+def with_backend(*given, backend="aot_eager"):
     made = Compiler(*given)
-    made.backend = "aot_eager"
+    made.backend = backend
     return made
