@@ -13,7 +13,7 @@ from transformers import CLIPModel
 
 from srpo_core.config import MoreReward, RewardConfig
 
-from .images import Fit, normalise, square
+from .images import Fit, prepared
 from .recompute import recompute
 
 if TYPE_CHECKING:
