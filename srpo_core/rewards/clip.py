@@ -13,7 +13,7 @@ from transformers import CLIPModel
 
 from srpo_core.config import MoreReward, RewardConfig
 
-from .images import Fit, prepared
+from .images import Fit, normalise, square
 from .recompute import recompute
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class TransformersClip:
             recompute(module.vision_model.encoder.layers)
 
     def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
-        pixels = prepared(images, self.size, fit, self.mean, self.std, self.module.dtype)
-        return _tensor(self.module.get_image_features(pixel_values=pixels))
+        pixels = normalise(square(_wide(images), self.size, fit), self.mean, self.std)
+        return _tensor(self.module.get_image_features(pixel_values=pixels.to(self.module.dtype)))
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -96,8 +96,8 @@ class OpenClip:
         recompute(module.visual.transformer.resblocks)
 
     def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
-        dtype = self.module.logit_scale.dtype
-        return self.module.encode_image(prepared(images, self.size, fit, self.mean, self.std, dtype))
+        pixels = normalise(square(_wide(images), self.size, fit), self.mean, self.std)
+        return self.module.encode_image(pixels.to(self.module.logit_scale.dtype))
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
