@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from srpo_core.config import ConfigError, RunConfig, Section
-from srpo_core.description import load_run
+from srpo_core.description import load_run, reason_of
 from srpo_core.randomness import SEEDS
 
 _FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
@@ -177,7 +177,7 @@ def run_values(settings: Sequence[Setting], given: Mapping[str, Any]) -> dict[st
 
 
 def _complaint(problem: Mapping[str, Any], section: str, ids: Mapping[tuple[str, ...], tuple[str, ...]]) -> str:
-    reason = problem["msg"].removeprefix("Value error, ")
+    reason = reason_of(problem)
     if not problem["loc"]:  # of several values together: the reason names them
         return reason
     field, *place = problem["loc"]

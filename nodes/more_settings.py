@@ -65,6 +65,6 @@ def _speaks_of(part: str, name: str) -> bool:
     section, _, field = name.rpartition(".")
     whole = rf"(?<![\w.]){re.escape(name)}(?![\w.])"
     if not section:
-        return re.search(f"{whole}=", part) is not None
+        return re.search(f"{whole}=|unknown setting '{whole}'", part) is not None
     together = rf"(?<![\w.]){re.escape(section)}: .*\b{re.escape(field)}\b"
     return re.search(f"{whole}|{together}", part) is not None

@@ -35,6 +35,7 @@ from .training_run import Described, describe, texts_there, there_already
 
 PLAN_FILE = "plan.json"
 LOG_LINES = 100
+NOTHING_YET = "Only checked: the folder and its run.json are there once the mode is wait or background."
 _WIDGETS = {
     r"parallel\.(processes|gpus|share_gpu|nodes|node_rank|rendezvous)\b": r"\1",
     r"output\.(preview_every|checkpoint_every)\b": r"\1",
@@ -101,7 +102,7 @@ def _checked_or_started(described: Described, lines: str, resume: bool, only_che
         if only_check:
             command = typed(launch.train_command(work_folder(config) / "run.json", resume, config.parallel))
             rows = (*rows, ("folder", config.output.dir), ("command", command))
-            return [_plan_table(rows, "\n".join(filter(None, [_refusal(plan), taken])))]
+            return [_plan_table(rows, "\n".join(filter(None, [_refusal(plan), taken, "" if resume else NOTHING_YET])))]
         if plan.refusal is not None:
             raise ConfigError(_refusal(plan))
         management.throw_exception_if_processing_interrupted()  # checks may take minutes where there are many photos

@@ -10,7 +10,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -148,8 +148,15 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"unknown setting {name!r}{hint}")
         else:
             value = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"  # of a section: too much
-            lines.append(f"{name}{value}: {problem['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{name}{value}: {reason_of(problem)}")
     return "\n".join(lines)
+
+
+def reason_of(problem: Mapping[str, Any]) -> str:
+    """What pydantic has against a value, in words for a user."""
+    if problem["type"] == "too_short":
+        return f"at least {problem['ctx']['min_length']} is needed"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def make_config(data: dict[str, Any]) -> RunConfig:

@@ -14,12 +14,13 @@ from srpo_core.checkpoint import latest, read_state
 from srpo_core.checks import Ready, check_run, size_notes
 from srpo_core.config import ConfigError, MoreReward, RewardConfig, RunConfig
 from srpo_core.device_locks import device_key
-from srpo_core.duration import Pace, count_work, duration_text, expected_pace, matmul_rate, own_pace, run_seconds
+from srpo_core.duration import Pace, count_work, expected_pace, matmul_rate, own_pace, run_seconds
 from srpo_core.estimate import Estimate, estimate, shapes_of
 from srpo_core.files import free_bytes, size_text
 from srpo_core.fitting import what_would_fit
 from srpo_core.parallel import World, make_world
 from srpo_core.run_folder import check_start, device_name
+from srpo_core.time_words import duration_text
 from srpo_core.training_data import photo_notes, photo_sizes, sources
 
 _MODEL_FILES = ("path", "transformer", "autoencoder", "clip", "t5", "tokenizers", "lora")
@@ -145,7 +146,7 @@ def _lines(config: RunConfig, world: World, ready: Ready) -> Iterator[tuple[str,
         for note in photo_notes(photos, photo_sizes(data, photos)):
             yield "photos", note
         visits = on_photos * data.batch_size
-        yield "", f"each is trained on {visits / len(photos):.1f} times, {visits:,} in all"
+        yield "", f"each is trained on {visits / len(photos):.3g} times, {visits:,} in all"
     for note in size_notes(config, ready.components):
         yield "size", note
     drawn = config.output.preview_prompts if config.output.preview_every else 0

@@ -20,6 +20,7 @@ from rich.progress import (
 
 from srpo_core.columns import is_detail
 from srpo_core.metrics import StepMetrics
+from srpo_core.time_words import duration_text
 
 LINES_EVERY = 10
 """Fewest steps between plain lines; a long phase has about a hundred of them."""
@@ -111,5 +112,5 @@ class Display:
 
     def _time_left(self, done: int) -> str:
         per_step = (time.monotonic() - self._began) / max(1, done - self._first)
-        left = round(per_step * (self._total - done))
-        return f"{per_step:.2g} s each, {left // 60}:{left % 60:02d} left"
+        left = per_step * (self._total - done)
+        return f"{duration_text(per_step)} each, {duration_text(left)} left"

@@ -45,5 +45,5 @@ def typed(words: Sequence[str]) -> str:
 def command_line(*words: str | Path) -> str:
     """A command for the user to type, started the way this process was."""
     started = Path(sys.argv[0])
-    program = ["python", str(started)] if started.name == "__main__.py" else ["srpo"]
+    program = [sys.executable or "python", str(started)] if started.name == "__main__.py" else ["srpo"]
     return typed([*program, *map(str, words)])

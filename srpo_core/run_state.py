@@ -21,6 +21,7 @@ from srpo_core.config import ConfigError
 from srpo_core.files import write_atomic
 from srpo_core.metrics import metrics_file, read_metrics
 from srpo_core.processes import birth, is_running, lineage
+from srpo_core.time_words import duration_text
 
 Status = Literal["starting", "training", "stopped", "finished", "failed", "killed"]
 ACTIVE: tuple[Status, ...] = ("starting", "training")
@@ -94,24 +95,29 @@ class Telling:
         if changed or now - self._told >= TELL_EVERY:
             self._told = now
             with contextlib.suppress(OSError):  # a full disk is told about by what needs it
-                self._write(durable=False)
+                self._tell(durable=False)
 
     def training(self) -> None:
         """Say that everything is loaded."""
         self._state = replace(self._state, status="training")
-        self._write()
+        self._tell()
 
     def end(self, status: Status, error: str = "") -> None:
         """Say how it ended."""
         error = error.encode(errors="replace").decode()  # names of files may hold what is no text
         self._state = replace(self._state, status=status, error=error, phase="", phase_done=0, phase_total=0)
         self._state = replace(self._state, ended=time.time())
-        self._write()
+        self._tell()
 
     def sign(self) -> None:
         """Show that the process is there, to those on other machines."""
         with contextlib.suppress(OSError):
             os.utime(self._run_dir / FILE)
+
+    def _tell(self, durable: bool = True) -> None:
+        """Write it, unless the folder is gone: a run that someone removed doesn't come back as a folder without one."""
+        if self._run_dir.is_dir():
+            self._write(durable)
 
     def _write(self, durable: bool = True) -> None:
         write_atomic(self._run_dir / FILE, json.dumps(asdict(self._state), indent=1), durable)
@@ -218,6 +224,9 @@ def describe(run_dir: Path) -> list[str]:
     """A run's state in words: a line, and below it why it failed. ConfigError where there is no run."""
     state = read_state(run_dir)
     if state is None:
+        if not run_dir.is_dir():
+            places = "runs/one or ComfyUI/output/srpo/my-look"
+            raise ConfigError(f"{run_dir}: there is no such folder; name a run's folder, such as {places}")
         raise ConfigError(f"{run_dir} holds no {FILE}: no run has trained there")
     line = f"{run_dir}: {state.status}, step {state.step} of {state.steps}"
     if state.active and state.phase not in ("", "training"):
@@ -225,7 +234,7 @@ def describe(run_dir: Path) -> list[str]:
         line += f", {state.phase}{count}"
     left = seconds_left(run_dir, state)
     if left is not None:
-        line += f", about {round(left) // 60}:{round(left) % 60:02d} left"
+        line += f", about {duration_text(left)} left"
     if state.active:
         line += f" (process {state.pid} on {state.host})"
     return [line, *(f"  {text}" for text in state.error.splitlines())]

@@ -24,6 +24,7 @@ from srpo_core.run_curves import curves, finite
 from srpo_core.run_pictures import preview_steps
 from srpo_core.run_sources import typed
 from srpo_core.run_state import LOG_FILE, RunState, log_tail, read_state, recent_metrics, seconds_left, stop_asked
+from srpo_core.time_words import duration_text
 
 RECORD, PLAN, REPORT = "run.json", "plan.json", "report.html"
 _READ = (RECORD, PLAN, REPORT, result.RECORD, run_state.FILE, LOG_FILE, "metrics.jsonl", "previews", "evaluation")
@@ -226,8 +227,7 @@ def in_words(told: Mapping[str, Any]) -> str:
         count = f" {told['phase_done']} of {told['phase_total']}" if told["phase_total"] else ""
         line += f", {told['phase']}{count}"
     if told["seconds_left"] is not None:
-        minutes, seconds = divmod(round(told["seconds_left"]), 60)
-        line += f", about {minutes}:{seconds:02d} left"
+        line += f", about {duration_text(told['seconds_left'])} left"
     lines = [line, *(f"  {text}" for text in told["error"].splitlines())]
     return "\n".join([*lines, f"result: {told['result']}"] if told["result"] else lines)
 

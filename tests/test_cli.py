@@ -240,7 +240,7 @@ def test_hints_repeat_how_the_program_was_started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/srpo", "train"])
     assert run_sources.command_line("report", "my run") == "srpo report 'my run'"
     monkeypatch.setattr(sys, "argv", ["/x/srpo_core/__main__.py", "train"])
-    assert run_sources.command_line("report") == "python /x/srpo_core/__main__.py report"
+    assert run_sources.command_line("report") == f"{sys.executable} /x/srpo_core/__main__.py report"
 
 
 def test_a_command_to_type_is_quoted_for_the_shell_that_is_here(monkeypatch):

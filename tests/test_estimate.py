@@ -14,16 +14,7 @@ from torch import nn
 from srpo_core.checks import footprint_of
 from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.description import load_run
-from srpo_core.duration import (
-    Pace,
-    Work,
-    count_work,
-    duration_text,
-    expected_pace,
-    matmul_rate,
-    own_pace,
-    run_seconds,
-)
+from srpo_core.duration import Pace, Work, count_work, expected_pace, matmul_rate, own_pace, run_seconds
 from srpo_core.estimate import Shapes, estimate, shapes_of
 from srpo_core.fitting import LARGER, less_memory, smaller_settings, what_would_fit, with_changes
 from srpo_core.interfaces import Components
@@ -278,21 +269,6 @@ def test_a_run_that_has_steps_goes_by_them(tmp_path):
 
 def test_a_device_is_tried_in_no_time():
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e14
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (3.31, "3.3 s"),
-        (42, "42 s"),
-        (300, "5 min"),
-        (3600, "1 h 0 min"),
-        (13_200, "3 h 40 min"),
-        (190_800, "2 days 5 h"),
-    ],
-)
-def test_durations_in_words(seconds, text):
-    assert duration_text(seconds) == text
 
 
 def test_all_weights_fit_one_card_where_they_are_held_in_fewer_bits(shapes):

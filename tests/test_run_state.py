@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 
@@ -83,6 +84,17 @@ def test_a_request_while_it_starts_holds(tmp_path):
     assert not (tmp_path / "removed").exists()
 
 
+def test_a_run_whose_folder_is_removed_doesnt_make_it_again(tmp_path):
+    run = tmp_path / "run"
+    with told(run, 4) as telling:
+        shutil.rmtree(run)
+        telling.phase("preview", 1, 2)
+        telling.training()
+    assert not run.exists()
+    with pytest.raises(ConfigError, match="no such folder"):
+        describe(run)
+
+
 def test_a_process_of_another_machine_is_let_be(tmp_path):
     """Its pid may be anyone's here: this very process, say."""
     write_state(tmp_path, "training", 10)
@@ -115,6 +127,7 @@ def test_the_newest_lines_are_read_without_the_others(tmp_path):
     state = read_state(tmp_path)
     assert state.step == 300
     assert seconds_left(tmp_path, state) == pytest.approx(20.0)
+    assert "step 300 of 310, about 20 s left" in describe(tmp_path)[0]
     assert len(recent_metrics(tmp_path)) < 70
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line | {"text": "x" * 200_000}) + "\n")
     assert read_state(tmp_path).step == 1

@@ -87,7 +87,8 @@ def test_what_may_be_done_with_a_run(runs):
     assert not working["stopping"]
     ask_to_stop(folder)
     assert run_view.summary(folder)["stopping"]
-    assert "stopping, step 10 of 40, about " in run_view.in_words(run_view.summary(folder))
+    words = run_view.in_words(run_view.summary(folder) | {"seconds_left": 12_000})
+    assert "stopping, step 10 of 40, about 3 h 20 min left" in words
 
 
 def test_more_steps_need_a_schedule_that_does_not_end(runs):

@@ -26,10 +26,11 @@ export const STYLE = `
   background: color-mix(in srgb, var(--srpo-red) 12%, transparent); border-radius: 0 4px 4px 0; }
 .srpo-run .charts { display: flex; flex-wrap: wrap; gap: 8px 16px; flex: 1 0 auto; }
 .srpo-run > * { flex: none; }
-.srpo-run figure { margin: 0; display: flex; flex-direction: column; gap: 4px; flex: 0 1 auto; min-height: 140px; }
+.srpo-run figure { margin: 0; display: flex; flex-direction: column; gap: 4px; flex: 0 1 auto; }
 .srpo-run figure a { display: block; overflow: auto; min-height: 0; max-height: 250px; border-radius: 4px; }
 .srpo-run figure img { display: block; width: 100%; }
 .dom-widget .srpo-run { flex: 1 1 0; min-height: 0; }
+.dom-widget .srpo-run figure { min-height: 140px; }
 .dom-widget .srpo-run figure a { max-height: none; }
 .srpo-run figcaption { display: flex; align-items: center; gap: 10px; color: var(--descrip-text); font-variant-numeric: tabular-nums; }
 .srpo-run figcaption span { flex: none; }

@@ -153,7 +153,7 @@ export class RunView {
     this.left.textContent = active(data) && Number.isFinite(data.seconds_left) ? `about ${duration(data.seconds_left)} left` : "";
     this.drawProgress(data);
     this.error.hidden = !(data.error || run.error);
-    this.error.textContent = run.error ? `No answer from ComfyUI: ${run.error}` : data.error;
+    this.error.textContent = run.error ? `No answer from ComfyUI: ${run.error}.${active(data) ? " The training goes on without it." : ""}` : data.error;
     const curves = run.curves.steps.length > 0 || run.curves.preview.steps.length > 0;
     this.drawPlan(data, this.open.plan || (active(data) && !curves));
     this.chartRow.hidden = !curves;

@@ -73,7 +73,7 @@ def train_full(graph: Graph, world: World) -> None:
 
 
 def train_miniature(graph: Graph, world: World) -> None:
-    """The built-in miniature: trained in a minute or two, then drawn without and with what it learned."""
+    """The built-in miniature: trained in a few minutes, then drawn without and with what it learned."""
     start_here(graph, height=560)
     given = _to_learn(graph, world, {"source": "built in"})
     graph.group("2  Settings", BLUE)
@@ -95,7 +95,9 @@ def _to_learn(graph: Graph, world: World, prompts: Json) -> Json:
     found = {"prompts": graph.add("SRPOPrompts", prompts, width=400, height=height).out()}
     if not world.miniature:
         graph.column()
-    found["words"] = graph.add("SRPOControlWords", width=340, height=240).out()
+    found["words"] = graph.add(
+        "SRPOControlWords", title="SRPO Control Words: liked, disliked", width=340, height=240
+    ).out()
     return found | {"reward": world.load_reward(graph)}
 
 

@@ -138,7 +138,7 @@ def _notices(runs: Sequence[RunData], sources: Sequence[str], pooled: Sequence[C
         lines.extend(prefix + note for note in run.notes)
     others = sorted({source for source in sources if source != "final evaluation"})
     if others:
-        lines.append(f"No final evaluation yet; the numbers compare the {' and '.join(others)}.")
+        lines.append(f"No final evaluation; the numbers compare the {' and '.join(others)}.")
     if len(sources) < len(runs) and sources:
         lines.append(f"Only {len(sources)} of {len(runs)} runs have scores to compare.")
     return f'<div class="notice">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""

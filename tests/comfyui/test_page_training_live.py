@@ -79,6 +79,7 @@ def test_a_plan_that_is_only_checked(clean):
     box = clean.live_box(node)
     rows = clean.page.wait_for_function("(box) => box.querySelector('.srpo-table tbody')?.innerText", arg=box)
     assert "memory" in rows.json_value()
+    assert "Only checked" in box.inner_text(), "the command that stands there needs a run.json"
     assert clean.training(box)["name"] == ""
 
 

@@ -189,7 +189,7 @@ WRONG = [
     ("SRPOPrompts", {"source": "file", "path": "a\0b"}, "there is no"),
     ("SRPOPrompts", {"source": "web"}, "none of text, file, photos, built in"),
     ("SRPOPrompts", {"text": "one", "photo_share": 0.0}, "photo_share"),
-    ("SRPOControlWords", {"liked": " ,\n"}, "liked=[]"),
+    ("SRPOControlWords", {"liked": " ,\n"}, "liked=[]: at least 1 is needed"),
     ("SRPOControlWords", {"margin": "much"}, "margin"),
     ("SRPORollout", {"width": 0}, "width"),
     ("SRPORollout", {"batch_size": 5000}, "batch_size"),

@@ -211,6 +211,7 @@ def test_stop_in_the_page_ends_the_graph_as_cancel_does(server):
         ({"steps": 0}, "steps"),
         ({"recipe": "none"}, "recipe"),
         ({"more_settings": "optim.lrr=3"}, "more_settings, line 1: optim.lrr=3"),
+        ({"more_settings": "# mine\nlr=1e-4"}, "more_settings, line 2: lr=1e-4"),
         ({"more_settings": "# mine\noptim.lr=x"}, "more_settings, line 2: optim.lr=x"),
         ({"more_settings": "\n\nnonsense"}, "more_settings, line 3: 'nonsense' is no setting"),
         ({"more_settings": "align.range_start=45"}, "more_settings, line 1: align.range_start=45"),
