@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from srpo_core.assemble import assemble
 from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.description import load_run
+from srpo_core.devices import choose_device
 from srpo_core.duration import matmul_rate
 from srpo_core.estimate import estimate, shapes_of
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
 from srpo_core.models.flux import BLOCKS, DTYPES, FluxFlow, ImageAutoencoder
-from srpo_core.parallel import choose_device
 from srpo_core.weights.eight_bit import fill_8bit
 from srpo_core.weights.loading import empty_parameters, fill
 

@@ -15,13 +15,14 @@ from torch import nn
 from srpo_core.buckets import batch_order
 from srpo_core.checks import Ready, check_run, size_notes
 from srpo_core.config import RunConfig
+from srpo_core.devices import make_world, training_world
 from srpo_core.embeddings import BATCH_SIZE, StoredPrompts, embedding_cache, encode
 from srpo_core.errors import enough_memory
 from srpo_core.fitting import memory_advice
-from srpo_core.interfaces import PromptBatch, TrainableFlow
+from srpo_core.interfaces import Components, PromptBatch, TrainableFlow
 from srpo_core.learner import Parts
 from srpo_core.lora import add_lora, lora_alpha, lora_targets, start_from
-from srpo_core.parallel import divided_world, make_world
+from srpo_core.parallel import World
 from srpo_core.photos import Photo
 from srpo_core.preference import ControlWords
 from srpo_core.progress import Display
@@ -32,6 +33,7 @@ from srpo_core.rewards.mixture import blind_notes
 from srpo_core.rewards.trial import try_rewards
 from srpo_core.run_folder import check_start
 from srpo_core.session import Outcome, Session
+from srpo_core.sharding import fill_parts, shard
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
@@ -44,7 +46,7 @@ def train_run(config: RunConfig, resume: bool = False) -> Outcome:
     It is this process's part of one, if torchrun started several. A request to stop is heeded once every check without
     weights has passed.
     """
-    world = divided_world(config.parallel)
+    world = training_world(config.parallel)
     session, ready = Session(config, world), None
     at_once = contextlib.nullcontext  # several talk to each other meanwhile
     if world.size == 1:
@@ -76,7 +78,7 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     advice = "try model.t5_memory=8bit or offload"
     with display, display.during("encoding prompts"), enough_memory("encoding prompts", advice):
         _encode_together(config, ready, session)
-        data, encoded = _encode(config, ready, world.size, display)
+        data, encoded = _encode(config, ready, world.parts, display)
     components.release("text_encoder")
     words = ControlWords(config.reward.liked, config.reward.disliked)
     advice = "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"
@@ -84,8 +86,12 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
         rewards = load_rewards(config.reward, world.device)
         try_rewards(rewards, words, config.data.height, config.data.width, world.device)
         components.full_precision = not config.lora.rank
-        flow, autoencoder = components.flow, components.autoencoder
-        lora = _prepare(config, flow, inputs.start)
+        if world.keeps_step and config.parallel.strategy != "replicate":
+            flow = _sharded(config, components, world)
+        else:
+            flow = components.flow
+        lora = _prepare(config, flow, inputs.start, world.device)
+        autoencoder = components.autoencoder
     notes = photo_notes(inputs.photos, photo_sizes(config.data, inputs.photos))
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
@@ -112,7 +118,7 @@ def _encode_together(config: RunConfig, ready: Ready, session: Session) -> None:
     if cache is None:
         return
     micros = config.optim.steps * config.optim.accumulation
-    on_photos, on_prompts = (turns * world.size for turns in sources(data, config.seed, micros))
+    on_photos, on_prompts = (turns * world.parts for turns in sources(data, config.seed, micros))
     texts = list(_held_out(config, ready))
     if on_prompts:
         order = shuffled_order(config.seed, len(ready.prompts), on_prompts * data.batch_size)
@@ -130,7 +136,7 @@ def _encode_together(config: RunConfig, ready: Ready, session: Session) -> None:
 
 
 def _encode(
-    config: RunConfig, ready: Ready, processes: int, display: Display | None
+    config: RunConfig, ready: Ready, parts: int, display: Display | None
 ) -> tuple[TrainingData, PromptBatch | StoredPrompts]:
     """What is trained on, and the held-out prompts."""
     data, text_encoder, photos = config.data, ready.components.text_encoder, ready.inputs.photos
@@ -138,7 +144,7 @@ def _encode(
     display = display if cache is not None else None
     encoded = encode(text_encoder, _held_out(config, ready), cache=cache, display=display)
     micros = config.optim.steps * config.optim.accumulation
-    on_photos, on_prompts = (turns * processes for turns in sources(data, config.seed, micros))
+    on_photos, on_prompts = (turns * parts for turns in sources(data, config.seed, micros))
     train = TrainingData(config.seed, (data.height, data.width), data.batch_size, photo_share=data.photo_share)
     if on_prompts:
         length = on_prompts * data.batch_size
@@ -155,8 +161,24 @@ def _encode(
     return train, encoded
 
 
-def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict[str, object] | None:
-    """Leave a gradient to what is trained, in float32: all weights, or a LoRA beside frozen ones in model.dtype."""
+def _sharded(config: RunConfig, components: Components, world: World) -> TrainableFlow:
+    """The flow with this process's part of each weight: read one at a time, where the family can."""
+    dtype = getattr(torch, config.model.dtype)
+    flow, stream = components.empty_flow() or (components.flow, None)
+    _cast(flow.module.requires_grad_(not config.lora.rank), dtype if config.lora.rank else torch.float32)
+    shard(flow, world, config.parallel, dtype)
+    if stream is not None:
+        fill_parts(flow.module, stream, torch.device("cpu") if config.parallel.offload else world.device)
+    return flow
+
+
+def _prepare(
+    config: RunConfig, flow: TrainableFlow, start: Lora | None, device: torch.device
+) -> dict[str, object] | None:
+    """Leave a gradient to what is trained, in float32: all weights, or a LoRA beside frozen ones in model.dtype.
+
+    A LoRA beside a sharded model is whole on every process: it is put there when the model is in parts already.
+    """
     module: nn.Module = flow.module.eval()
     if not config.lora.rank:
         _cast(module.requires_grad_(True), torch.float32)
@@ -164,6 +186,9 @@ def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict
     targets = lora_targets(flow.lora_targets, config.lora.targets)
     _cast(module, getattr(torch, config.model.dtype))
     add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # peft puts it where the layer's weight is: on the host, with parallel.offload
+            parameter.data = parameter.data.to(device)
     if start is not None:
         start_from(module, config.lora, start)
     return {"rank": config.lora.rank, "alpha": lora_alpha(config.lora), "targets": list(targets)}
@@ -172,5 +197,6 @@ def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters to `dtype`; buffers, such as tables of angles, keep the precision that the family chose for them."""
     for parameter in module.parameters():
-        if parameter.is_floating_point() and parameter.itemsize > 1:  # not the codes of a matrix in 8 bits
+        codes = parameter.itemsize == 1  # of a matrix in 8 bits
+        if parameter.is_floating_point() and not codes and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

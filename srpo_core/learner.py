@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
-from srpo_core.checkpoint import copy_tensors, read_tensors
+from srpo_core.checkpoint import copy_tensors, read_shapes
 from srpo_core.config import RunConfig
 from srpo_core.errors import NotFiniteError, blamed_on
 from srpo_core.flow import shifted_sigmas
@@ -26,6 +26,7 @@ from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
 from srpo_core.rewards.mixture import WeightedReward, weighted_mean
 from srpo_core.rollout import Rollout, rollout, rollout_from_images
+from srpo_core.sharding import gathered, hand_over_gradients, is_part, like, part_of, parts_of, settle, total_norm
 from srpo_core.training_data import TrainingData
 
 
@@ -60,27 +61,35 @@ class Learner:
     """
 
     def __init__(self, config: RunConfig, world: World, parts: Parts, check: Callable[[], None] = lambda: None) -> None:
-        self.config, self.world, self._check = config, world, check
+        self.config, self.world, self._check = config, world, world.agreed(check)
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trained, config.optim)
-        self.average = Average(self.trained, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.parts = parts_of(self.trained)
+        """What this process holds of `trained`, as the optimizer and the average know it."""
+        self.optimizer = make_optimizer(self.parts, config.optim)
+        self.is_sharded = self.parts is not self.trained
+        """Whether what is trained is spread over processes; a LoRA beside a sharded model isn't."""
+        decay = config.optim.ema_decay
+        self.average = Average(self.parts, decay, self.is_sharded) if decay else None
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
         words = self.words.pair(number)
         tally = _Tally(self.rewards)
         try:
-            with self.world.together():
+            with self.world.together(), gathered(self.flow.module, self.config.parallel.gathered == "step"):
                 for micro in range(self.config.optim.accumulation):
-                    self._add_gradients(number, micro, words, tally, clock)
+                    with self.world.in_step():
+                        self._add_gradients(number, micro, words, tally, clock)
                 self._check()
             with self.world.together(), clock.phase("optimizer"):
-                self.world.average([p.grad for p in self.trained.values() if p.grad is not None])
+                self.world.average([p.grad for p in self.trained.values() if p.grad is not None and not is_part(p)])
                 grad_norm, lr = self._update(number)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.trained.values():
+                parameter.grad = None
         liked, disliked = words
         summary = over_processes(self.world.exchange(tally.summary()))
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
@@ -92,13 +101,13 @@ class Learner:
             clean = self._rollout(number, micro)
             on_photos = self.data.on_photos(self._micro(number, micro))
             tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
-            _require_finite(clean.clean, "the rollout")
+            self._require_finite(clean.clean, "the rollout")
         with clock.phase("gradient"), attention_with_gradient():
             for draw in range(self.config.align.draws_per_rollout):
                 for branch, align_step in self._align_steps(number, micro, draw):
                     self._check()
                     loss = self._branch_loss(clean, branch, align_step, words, tally)
-                    _require_finite(loss, f"the loss of the {branch} branch")
+                    self._require_finite(loss, f"the loss of the {branch} branch")
                     self._check()
                     loss.backward()
 
@@ -126,9 +135,12 @@ class Learner:
     def _update(self, number: int) -> tuple[Tensor, float]:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
-        parameters = list(self.trained.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
+        with self.world.in_step():
+            settle(self.flow.module)
+            hand_over_gradients(self.trained, self.parts)
+            parameters = list(self.parts.values())
+            norm = total_norm(list(self.trained.values()), [p.grad for p in parameters if p.grad is not None])
+            grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
         _require_finite(grad_norm, "the gradient")
         torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm, grad_norm)
         lr = learning_rate(optim, number)
@@ -148,12 +160,12 @@ class Learner:
 
         So two processes draw what one with twice the accumulation does, but for same_noise.
         """
-        return micro * self.world.size + self.world.rank
+        return micro * self.world.parts + self.world.part
 
     def _rollout(self, number: int, micro: int) -> Rollout:
         """Clean latents of the micro-batch's prompts: sampled from noise, or encoded from their photos."""
         config, world = self.config, self.world
-        batch = self.data.at(self._micro(number, micro), world.rank, world.size)
+        batch = self.data.at(self._micro(number, micro), world.part, world.parts)
         prompts = batch.prompts.to(world.device)
         part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
         generator = generator_for(config.seed, number, 0, f"noise {part}")
@@ -164,7 +176,9 @@ class Learner:
             with blamed_on("the autoencoder (model.autoencoder)"):
                 return rollout_from_images(self.autoencoder, images, prompts, noise)
         sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
-        return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, lambda *_: self._check())
+        check = None if world.keeps_step else lambda *_: self._check()  # such a check is no small thing
+        with gathered(self.flow.module, config.parallel.gathered == "rollout"):
+            return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, check)
 
     def _align_steps(self, number: int, micro: int, draw: int) -> list[tuple[str, AlignStep]]:
         """Each branch and its gradient step, at levels drawn for this draw."""
@@ -173,22 +187,47 @@ class Learner:
         steps = sample_align_steps(config.align, config.rollout.shift, config.data.batch_size, generator)
         return list(zip(config.align.branches, steps, strict=True))
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """Inside the context the model holds the averaged weights, if the run keeps an average."""
-        return self.average.applied() if self.average is not None else contextlib.nullcontext()
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            settle(self.flow.module)
+            try:
+                with gathered(self.flow.module, self.config.parallel.gathered != "layer"):
+                    yield
+            finally:
+                settle(self.flow.module)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint needs, by file."""
-        average = {"ema": self.average.tensors} if self.average is not None else {}
-        optimizer = optimizer_tensors(self.optimizer, self.trained)
+        """All that a checkpoint needs, by file; of a sharded model this process's parts."""
+        settle(self.flow.module)
+        average = {"ema": self._spread(self.average.tensors)} if self.average is not None else {}
+        optimizer = self._spread(optimizer_tensors(self.optimizer, self.parts))
         return {"weights": {name: p.detach() for name, p in self.trained.items()}, "optimizer": optimizer, **average}
+
+    def _spread(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts `<parameter>` or `<parameter>/<state>` as the parameters are spread."""
+        return {name: like(tensor, self.trained[name.partition("/")[0]]) for name, tensor in tensors.items()}
 
     def restore(self, folder: Path) -> None:
         """Inverse of `tensors`, from a checkpoint's folder. TrainingError if it is damaged or of another model."""
         copy_tensors(folder, "weights", self.trained, exactly=True)
         if self.average is not None:
-            copy_tensors(folder, "ema", self.average.tensors, exactly=True)
-        load_optimizer_tensors(self.optimizer, self.trained, read_tensors(folder, "optimizer"))
+            copy_tensors(folder, "ema", self._spread(self.average.tensors), exactly=True)
+        states = {name: self._room(name, *each) for name, each in read_shapes(folder, "optimizer").items()}
+        copy_tensors(folder, "optimizer", states)
+        load_optimizer_tensors(self.optimizer, self.parts, {name: part_of(state) for name, state in states.items()})
+
+    def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for a state `<parameter>/<state>` of the optimizer; of a parameter in parts, for this process's part."""
+        parameter = self.trained.get(name.partition("/")[0])
+        if parameter is None or not is_part(parameter) or not shape:
+            return torch.empty(shape, dtype=dtype)
+        return like(torch.empty_like(part_of(parameter), dtype=dtype), parameter)
+
+    def _require_finite(self, value: Tensor, what: str) -> None:
+        """As _require_finite; where processes keep step, of all of them."""
+        self.world.agreed(lambda: _require_finite(value, what))()
 
 
 def _require_finite(value: Tensor, what: str) -> None:

@@ -64,11 +64,14 @@ def load_optimizer_tensors(
 
 
 class Average:
-    """An exponential moving average of trained parameters, on their device."""
+    """An exponential moving average of trained parameters, on their device.
 
-    def __init__(self, parameters: Parameters, decay: float) -> None:
+    `shared`: something else holds the parameters' memory too, so that weights can't just change places.
+    """
+
+    def __init__(self, parameters: Parameters, decay: float, shared: bool = False) -> None:
         self.parameters = parameters
-        self.decay = decay
+        self.decay, self.shared = decay, shared
         self.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     @torch.no_grad()
@@ -79,13 +82,19 @@ class Average:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averaged weights inside the context; weights are swapped, not copied."""
+        """The model holds the averaged weights inside the context; weights are swapped, not copied, unless shared."""
         self._swap()
         try:
             yield
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+            if self.shared:
+                kept = parameter.detach().clone()
+                parameter.copy_(self.tensors[name])
+                self.tensors[name].copy_(kept)
+            else:
+                parameter.data, self.tensors[name] = self.tensors[name], parameter.data

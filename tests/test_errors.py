@@ -16,10 +16,10 @@ from srpo_core.checkpoint import latest, read_tensors
 from srpo_core.checks import size_notes
 from srpo_core.config import ConfigError, ParallelConfig, RunConfig
 from srpo_core.description import load_run
+from srpo_core.devices import make_world
 from srpo_core.errors import TrainingError, enough_memory, ran_out_of_memory
 from srpo_core.interfaces import Components
 from srpo_core.metrics import read_metrics
-from srpo_core.parallel import make_world
 from srpo_core.run_folder import check_space, check_start
 
 

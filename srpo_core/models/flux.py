@@ -22,6 +22,7 @@ from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
 from srpo_core.models.flux_prompts import EVAL_PROMPTS
 from srpo_core.models.flux_text import MAX_TOKENS, FluxTextEncoder, TextFiles, find_text, text_outline
 from srpo_core.weights.eight_bit import fill_8bit
+from srpo_core.weights.loading import Stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
@@ -201,6 +202,12 @@ class FluxComponents(Components):
         """The transformer, in model.dtype or, with `full_precision`, in float32."""
         return _flow(self._transformer, self._config, self._device, self.full_precision, self._downscale)
 
+    def empty_flow(self) -> tuple[FluxFlow, Stream]:
+        """The transformer on meta, and its weights in model.dtype or, with `full_precision`, in float32."""
+        dtype = DTYPES[self._config.dtype]
+        stream = self._transformer.stream(None, torch.float32 if self.full_precision else dtype, self._device)
+        return _with_recompute(self._transformer.empty(), self._config, self._downscale), stream
+
     @cached_property
     def autoencoder(self) -> ImageAutoencoder:
         """The autoencoder in model.dtype."""
@@ -240,9 +247,13 @@ def _flow(
         module = fill_8bit(part.empty(), part.stream(), dtype, device, part.file, BLOCKS)
     else:
         module = part.load(torch.float32 if full_precision else dtype, device)
+    return _with_recompute(module, config, downscale)
+
+
+def _with_recompute(module: FluxTransformer2DModel, config: ModelConfig, downscale: int) -> FluxFlow:
     if config.recompute:
         module.enable_gradient_checkpointing()
-    return FluxFlow(module, downscale, dtype)
+    return FluxFlow(module, downscale, DTYPES[config.dtype])
 
 
 def _check_fit(
