@@ -33,7 +33,7 @@ from srpo_core.rewards.mixture import blind_notes
 from srpo_core.rewards.trial import try_rewards
 from srpo_core.run_folder import check_start
 from srpo_core.session import Outcome, Session
-from srpo_core.sharding import fill_parts, shard
+from srpo_core.sharding import fill_parts, looks_whole, shard
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
@@ -185,9 +185,10 @@ def _prepare(
         return None
     targets = lora_targets(flow.lora_targets, config.lora.targets)
     _cast(module, getattr(torch, config.model.dtype))
-    add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
+    with looks_whole(module):
+        add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
     for parameter in module.parameters():
-        if parameter.requires_grad:  # peft puts it where the layer's weight is: on the host, with parallel.offload
+        if parameter.requires_grad:
             parameter.data = parameter.data.to(device)
     if start is not None:
         start_from(module, config.lora, start)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -40,6 +41,7 @@ def shard(flow: TrainableFlow, world: World, parallel: ParallelConfig, dtype: to
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     narrow = None if dtype == torch.float32 else dtype
     options = {
         "mesh": _mesh(world, parallel.strategy),
@@ -143,6 +145,24 @@ def fill_parts(module: nn.Module, stream: Iterable[tuple[str, Tensor]], device: 
         buffer.copy_(buffers[name])
     for name, tensor in stream:
         put_whole(parameters[name], tensor)
+
+
+@contextlib.contextmanager
+def looks_whole(module: nn.Module) -> Iterator[None]:
+    """Inside the context parameters in parts look like whole ones, of no memory and on the host, to who asks for shapes.
+
+    peft does, and takes parts for those of layers that compute in parts.
+    """
+    there = [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
+    kept = [(owner, name, parameter) for owner, name, parameter in there if is_part(parameter)]
+    for owner, name, parameter in kept:
+        shape = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
+        owner._parameters[name] = nn.Parameter(shape, requires_grad=parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for owner, name, parameter in kept:
+            owner._parameters[name] = parameter
 
 
 def settle(module: nn.Module) -> None:

@@ -262,8 +262,8 @@ class Trainer:
             )
         if state.get("processes", self.world.parts) != self.world.parts:
             self.display.warn(
-                f"{self.world.parts} instead of {state['processes']} processes train from here on: a step averages other"
-                " numbers of pictures than before, and prompts come in another order"
+                f"{self.world.parts} instead of {state['processes']} processes train from here on: a step averages"
+                " other numbers of pictures than before, and prompts come in another order"
             )
         self.display.say(f"going on from {newest}")
         return self._log(after=state["step"], last=state["metrics"])
