@@ -149,9 +149,9 @@ def fill_parts(module: nn.Module, stream: Iterable[tuple[str, Tensor]], device: 
 
 @contextlib.contextmanager
 def looks_whole(module: nn.Module) -> Iterator[None]:
-    """Inside the context parameters in parts look like whole ones, of no memory and on the host, to who asks for shapes.
+    """Inside the context parameters in parts look like whole ones on the host, which take no memory.
 
-    peft does, and takes parts for those of layers that compute in parts.
+    For peft, which asks for shapes, and takes parts for those of layers that compute in parts.
     """
     there = [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items() if p is not None]
     kept = [(owner, name, parameter) for owner, name, parameter in there if is_part(parameter)]
