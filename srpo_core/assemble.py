@@ -91,6 +91,8 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
         else:
             flow = components.flow
         lora = _prepare(config, flow, inputs.start, world.device)
+        if world.context > 1:
+            flow.share_tokens(world)
         autoencoder = components.autoencoder
     notes = photo_notes(inputs.photos, photo_sizes(config.data, inputs.photos))
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)

@@ -19,6 +19,7 @@ from srpo_core.photos import Photo, check_whole, find_photos
 from srpo_core.prompts import read_prompts, without_held_out
 from srpo_core.rewards import check_reward
 from srpo_core.run_folder import check_space
+from srpo_core.sharding import is_sharded, shards
 from srpo_core.training_data import needs_prompts, photo_sizes, sources
 from srpo_core.weights.lora_names import Lora
 
@@ -54,12 +55,14 @@ class Footprint:
     """Layers that get a LoRA; 0 where all parameters are trained."""
 
     def least_bytes(self, config: RunConfig) -> int:
-        """Memory for weights, gradients and optimizer: more is needed, less can't be."""
+        """Memory of a GPU for weights, gradients and optimizer: more is needed, less can't be."""
+        if config.parallel.offload:
+            return 0
         copies = 5 if config.optim.ema_decay else 4
         frozen = self.frozen * (2 if config.model.dtype == "bfloat16" else 4)
         if config.model.frozen_memory == "8bit":
             frozen = self.frozen  # nearly all of them are matrices
-        return 4 * copies * self.trained + frozen
+        return (4 * copies * self.trained + frozen) // shards(config.parallel)
 
     def checkpoint_bytes(self, config: RunConfig) -> int:
         """Size of a checkpoint: weights, two moments, and the average if there is one."""
@@ -131,6 +134,8 @@ def _check_model(config: RunConfig) -> None:
 def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: torch.device) -> Footprint:
     """ConfigError if the model, as far as its outline tells, can't take the sizes, the LoRA or the device's memory."""
     _check_sizes(config, flow, inputs.photos)
+    size = (config.data.height, config.data.width)
+    check_sharing(config, flow, sorted({size, *photo_sizes(config.data, inputs.photos)}))
     if inputs.start is not None:
         check_start(inputs.start, config.lora, flow)
     footprint = footprint_of(config, flow)
@@ -142,6 +147,30 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
             f" {device} has {total / 2**30:.1f} GiB; {way_out}"
         )
     return footprint
+
+
+def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:
+    """ConfigError if settings of several processes don't go together, or with the model and the sizes of pictures."""
+    model, parallel = config.model, config.parallel
+    if parallel.strategy != "replicate" and model.frozen_memory != "full":
+        raise ConfigError(
+            f"model.frozen_memory={model.frozen_memory!r} with parallel.strategy={parallel.strategy!r}: matrices that"
+            " are held narrower can't be in parts; set model.frozen_memory=full or parallel.strategy=replicate"
+        )
+    for name, used in (("offload", parallel.offload), ("gathered", parallel.gathered != "layer")):
+        if used and not is_sharded(parallel):
+            raise ConfigError(
+                f"parallel.{name}={getattr(parallel, name)!r} is for a model in parts: set parallel.strategy=shard and"
+                f" parallel.processes above 1, or leave parallel.{name} out"
+            )
+    if parallel.context > 1:
+        check = getattr(flow, "check_context", None)
+        if check is None:
+            raise ConfigError(
+                f"parallel.context={parallel.context}: model.family={model.family!r} can't share a picture among"
+                " processes (choices: 1)"
+            )
+        check(parallel.context, sizes)
 
 
 def check_size(flow: TrainableFlow, height: int, width: int) -> None:

@@ -91,7 +91,7 @@ class Learner:
             for parameter in self.trained.values():
                 parameter.grad = None
         liked, disliked = words
-        summary = over_processes(self.world.exchange(tally.summary()))
+        summary = over_processes(self.world.exchange(tally.summary())[:: self.world.context])
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
 
     def _add_gradients(self, number: int, micro: int, words: tuple[str, str], tally: _Tally, clock: Clock) -> None:
@@ -109,7 +109,7 @@ class Learner:
                     loss = self._branch_loss(clean, branch, align_step, words, tally)
                     self._require_finite(loss, f"the loss of the {branch} branch")
                     self._check()
-                    loss.backward()
+                    (loss * self.world.context).backward()  # each of a group has a part of the gradient, not all
 
     def _branch_loss(
         self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: _Tally

@@ -53,24 +53,28 @@ def far(ours: Learner, theirs: Learner, kind: str = "weights") -> float:
     return max(float((whole(mine[name]) - other[name]).abs().max()) for name in other)
 
 
-def learns(folder: Path, strategy: str, tolerance: float = CLOSE, **settings: object) -> Trainer:
+def learns(folder: Path, strategy: str, **settings: object) -> Trainer:
     """Processes with parts of a model learn what one with all of it does, from all their micro-batches."""
     ours = sharded(folder / "ours", strategy, **settings)
-    theirs = single(folder / "theirs", ours.world.size, **{k: v for k, v in settings.items() if k != "parallel"})
-    for step in (1, 2):
-        told, wanted = (trainer.learner.step(step, Clock(lambda: None)) for trainer in (ours, theirs))
-        for name in ("loss", "sigma", "grad_norm", "lr"):
-            assert abs(getattr(told, name) - getattr(wanted, name)) <= tolerance * abs(getattr(wanted, name)), name
-        assert told.source == wanted.source
-    for kind in ("weights", "ema"):
-        assert far(ours.learner, theirs.learner, kind) < tolerance, kind
+    compare(ours, single(folder / "theirs", ours.world.size, **settings))
     if not settings.get("lora__rank"):
         assert all(map(is_part, ours.learner.trained.values()))
         held = sum(part_of(p).numel() for p in ours.learner.trained.values())
         total = sum(p.numel() for p in ours.learner.trained.values())
         assert 0.45 < held / total < 0.55  # of two, or of two on each machine
-    draws(ours, theirs)
     return ours
+
+
+def compare(ours: Trainer, theirs: Trainer) -> None:
+    """They learn the same, and draw the same."""
+    for step in (1, 2):
+        told, wanted = (trainer.learner.step(step, Clock(lambda: None)) for trainer in (ours, theirs))
+        for name in ("loss", "sigma", "grad_norm", "lr"):
+            assert abs(getattr(told, name) - getattr(wanted, name)) <= CLOSE * abs(getattr(wanted, name)), name
+        assert told.source == wanted.source
+    for kind in ("weights", "ema"):
+        assert far(ours.learner, theirs.learner, kind) < CLOSE, kind
+    draws(ours, theirs)
 
 
 def draws(ours: Trainer, theirs: Trainer) -> None:
@@ -103,11 +107,21 @@ def computes_narrowly(folder: Path) -> None:
     assert abs(told.grad_norm - wanted.grad_norm) < 0.05 * wanted.grad_norm
 
 
+def shares_tokens(folder: Path, strategy: str) -> None:
+    """Two processes that share each picture learn what one does; each pair has pictures of its own."""
+    parallel, family = {"context": 2}, {"model__family": "tiny:load_even"}
+    with mock.patch("torch.accelerator.device_count", return_value=1):  # on the CPU there is none
+        ours = sharded(folder / "ours", strategy, parallel=parallel, **family)
+    world = ours.world
+    assert world.exchange(world.part) == [rank // 2 for rank in range(world.size)]
+    compare(ours, single(folder / "theirs", world.parts, **family))
+
+
 def keeps_blocks_gathered(folder: Path) -> None:
-    """However long blocks stay gathered, the numbers are the same."""
+    """However long blocks stay gathered, and wherever their parts are, the numbers are the same."""
     reached = []
-    for gathered in ("layer", "rollout", "step"):
-        trainer = sharded(folder / gathered, "shard", parallel={"gathered": gathered})
+    for i, parallel in enumerate(({}, {"gathered": "rollout"}, {"gathered": "step", "offload": True})):
+        trainer = sharded(folder / str(i), "shard", parallel=parallel | {"processes": 2})
         for step in (1, 2):
             trainer.learner.step(step, Clock(lambda: None))
         reached.append([part_of(p).detach().clone() for p in trainer.learner.trained.values()])
@@ -196,7 +210,7 @@ def main() -> None:
         if world.size == 2:
             saves(learns(folder / "full", "shard"), folder / "full" / "saved")
             learns(folder / "lora", "shard", **LORA)
-            learns(folder / "offload", "shard", parallel={"offload": True})
+            shares_tokens(folder / "context", "replicate")
             computes_narrowly(folder / "bf16")
             keeps_blocks_gathered(folder)
             drops_what_is_not_finite(folder)
@@ -207,6 +221,7 @@ def main() -> None:
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two machines
             learns(folder / "hybrid", "hybrid")
             learns(folder / "lora", "hybrid", **LORA)
+            shares_tokens(folder / "context", "shard")
             goes_on(checkpoint_folder(folder / "one", 2), "hybrid")
     (folder / f"rank-{world.rank}").touch()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
 from srpo_core.models.flux_prompts import EVAL_PROMPTS
 from srpo_core.models.flux_text import MAX_TOKENS, FluxTextEncoder, TextFiles, find_text, text_outline
+from srpo_core.parallel import World
 from srpo_core.weights.eight_bit import fill_8bit
 from srpo_core.weights.loading import Stream
 
@@ -111,6 +112,22 @@ class FluxFlow:
                 f" {near_height} and {near_width}"
             )
         return self.module.config.in_channels // 4, height // self.downscale, width // self.downscale
+
+    def check_context(self, context: int, sizes: Iterable[tuple[int, int]]) -> None:
+        """ConfigError unless `context` processes can share pictures of these sizes (height, width) in pixels."""
+        from srpo_core.models.flux_context import check_context, check_tokens
+
+        check_context(self.module, context)
+        check_tokens(MAX_TOKENS, "prompts", context)
+        for height, width in sizes:
+            _, rows, columns = self.latent_shape(height, width)
+            check_tokens(rows * columns // 4, f"pictures of {width} x {height} (data.width, data.height)", context)
+
+    def share_tokens(self, world: World) -> None:
+        """Have groups of world.context processes share each picture's tokens, from here on in every call."""
+        from srpo_core.models.flux_context import share_tokens
+
+        share_tokens(self.module, world)
 
 
 def _checkpoint_blocks(function: nn.Module | Callable[..., Any], *args: Any) -> Any:
