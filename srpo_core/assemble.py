@@ -33,7 +33,7 @@ from srpo_core.rewards.mixture import blind_notes
 from srpo_core.rewards.trial import try_rewards
 from srpo_core.run_folder import check_start
 from srpo_core.session import Outcome, Session
-from srpo_core.sharding import fill_parts, looks_whole, shard
+from srpo_core.sharding import fill_parts, looks_whole, move_whole, shard
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
@@ -90,7 +90,9 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
             flow = _sharded(config, components, world)
         else:
             flow = components.flow
-        lora = _prepare(config, flow, inputs.start, world.device)
+        lora = _prepare(config, flow, inputs.start)
+        if config.lora.rank:
+            move_whole(flow.module, world.device)
         if world.context > 1:
             flow.share_tokens(world)
         autoencoder = components.autoencoder
@@ -174,9 +176,7 @@ def _sharded(config: RunConfig, components: Components, world: World) -> Trainab
     return flow
 
 
-def _prepare(
-    config: RunConfig, flow: TrainableFlow, start: Lora | None, device: torch.device
-) -> dict[str, object] | None:
+def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict[str, object] | None:
     """Leave a gradient to what is trained, in float32: all weights, or a LoRA beside frozen ones in model.dtype.
 
     A LoRA beside a sharded model is whole on every process: it is put there when the model is in parts already.
@@ -189,9 +189,6 @@ def _prepare(
     _cast(module, getattr(torch, config.model.dtype))
     with looks_whole(module):
         add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(device)
     if start is not None:
         start_from(module, config.lora, start)
     return {"rank": config.lora.rank, "alpha": lora_alpha(config.lora), "targets": list(targets)}

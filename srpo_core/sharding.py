@@ -165,6 +165,13 @@ def looks_whole(module: nn.Module) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
+def move_whole(module: nn.Module, device: torch.device) -> None:
+    """Put what is trained and not in parts, such as a LoRA that was added on the host, on a device."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and not is_part(parameter):
+            parameter.data = parameter.data.to(device)
+
+
 def settle(module: nn.Module) -> None:
     """Free what is gathered of a module: from here on it may be changed, and is gathered anew when it is used."""
     for one in _gathering(module):

@@ -201,7 +201,7 @@ def out_of_memory(*_, **__):
         ("tiny.encode_text", r"encoding prompts: out of memory; try model.t5_memory"),
         ("tiny.load_reward", r"loading the models: out of memory"),
         ("srpo_core.trainer.rollout", r"the first rollout, before training: out of memory; try model.recompute=true"),
-        ("srpo_core.preview.sample_images", r"evaluation before training: out of memory; .*output.evaluate_prompts=0"),
+        ("srpo_core.preview.rollout", r"evaluation before training: out of memory; .*output.evaluate_prompts=0"),
     ],
 )
 def test_running_out_of_memory_outside_a_step_names_the_phase(tmp_path, monkeypatch, place, message):
