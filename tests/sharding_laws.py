@@ -12,14 +12,17 @@ import conftest  # noqa: F401 (one thread, and the first import of srpo_core)
 import torch
 from parallel_laws import full, raised, trainer_of
 from safetensors.torch import save_file
+from tiny import tiny_config
 
 from srpo_core import checkpoint
+from srpo_core.assemble import _sharded
 from srpo_core.checkpoint import checkpoint_folder, load_weights, read_tensors
 from srpo_core.config import ParallelConfig
 from srpo_core.devices import training_world
 from srpo_core.errors import NotFiniteError, TrainingError
 from srpo_core.learner import Learner
 from srpo_core.metrics import Clock
+from srpo_core.models import load_model
 from srpo_core.parallel import OthersError, World, ends_all
 from srpo_core.sharding import is_part, part_of
 from srpo_core.stopping import StopRequested
@@ -91,6 +94,21 @@ def draws(ours: Trainer, theirs: Trainer) -> None:
         for name, values in scores.items():
             assert torch.allclose(torch.tensor(values), torch.tensor(wanted_scores[name]), atol=1e-4), name
     assert all(map(torch.equal, before, (part_of(p) for p in ours.learner.trained.values())))
+
+
+def reads_its_part(folder: Path, world: World) -> None:
+    """Of FLUX's files, with a LoRA merged in, each process reads its part, without the whole model in memory."""
+    for dtype, settings in (("float32", {}), ("bfloat16", LORA)):
+        model = {"family": "flux", "path": str(folder), "dtype": dtype, "lora": str(folder / "lora.safetensors")}
+        config = tiny_config(folder / "run", model=model, parallel={"device": "cpu", "strategy": "shard"}, **settings)
+        parts, one = (load_model(config.model, "cpu") for _ in range(2))
+        parts.full_precision = one.full_precision = not settings
+        with mock.patch("srpo_core.models.flux_files.Part.load", side_effect=AssertionError("loaded whole")):
+            ours = dict(_sharded(config, parts, world).module.named_parameters())
+        theirs = dict(one.flow.module.named_parameters())
+        assert ours.keys() == theirs.keys() and all(map(is_part, ours.values()))
+        assert all(torch.equal(whole(ours[name]), parameter) for name, parameter in theirs.items())
+        assert {p.dtype for p in ours.values()} == {torch.bfloat16 if settings else torch.float32}
 
 
 def computes_narrowly(folder: Path) -> None:
@@ -211,6 +229,7 @@ def main() -> None:
             saves(learns(folder / "full", "shard"), folder / "full" / "saved")
             learns(folder / "lora", "shard", **LORA)
             shares_tokens(folder / "context", "replicate")
+            reads_its_part(folder / "flux", world)
             computes_narrowly(folder / "bf16")
             keeps_blocks_gathered(folder)
             drops_what_is_not_finite(folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from background_runs import LIMIT, ended, no_process_left, run, until  # noqa: F401
+from flux_runs import lora_file, save_flux
 from safetensors.torch import load_file
 from sharding_laws import STEPS
 from test_launch_several import gone, ranks_of
@@ -36,6 +37,8 @@ SHARDED = {"device": "cpu", "processes": 2, "strategy": "shard"}
 def test_what_processes_with_parts_of_a_model_can_rely_on(tmp_path, processes):
     """4 are 2 on each of two machines; both go on with what one process began."""
     assemble(tiny_config(tmp_path / "one", **STEPS | {"optim__steps": 2})).train()
+    save_flux(tmp_path / "flux")
+    lora_file(tmp_path / "flux" / "lora.safetensors", tmp_path / "flux")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*command, str(TESTS / "sharding_laws.py"), str(tmp_path)],

@@ -221,9 +221,10 @@ class FluxComponents(Components):
 
     def empty_flow(self) -> tuple[FluxFlow, Stream]:
         """The transformer on meta, and its weights in model.dtype or, with `full_precision`, in float32."""
-        dtype = DTYPES[self._config.dtype]
-        stream = self._transformer.stream(None, torch.float32 if self.full_precision else dtype, self._device)
-        return _with_recompute(self._transformer.empty(), self._config, self._downscale), stream
+        dtype = torch.float32 if self.full_precision else DTYPES[self._config.dtype]
+        stream = self._transformer.stream(None, dtype, self._device)
+        flow = _with_recompute(self._transformer.empty(), self._config, self._downscale)
+        return flow, ((name, tensor.to(self._device, dtype)) for name, tensor in stream)
 
     @cached_property
     def autoencoder(self) -> ImageAutoencoder:
