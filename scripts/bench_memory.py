@@ -33,7 +33,7 @@ from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
 from srpo_core.models.flux import BLOCKS, DTYPES, FluxFlow, ImageAutoencoder
-from srpo_core.weights.eight_bit import fill_8bit
+from srpo_core.weights.compressed import fill_compressed
 from srpo_core.weights.loading import empty_parameters, fill
 
 GIB = 2**30
@@ -100,7 +100,7 @@ class RandomFlux(Components):
     def flow(self) -> FluxFlow:
         module, dtype = self._empty(), DTYPES[self._config.dtype]
         if self._config.frozen_memory == "8bit" and not self.full_precision:
-            module = fill_8bit(module, numbers(module, self._device), dtype, self._device, {}, BLOCKS)
+            module = fill_compressed(module, numbers(module, self._device), dtype, self._device, {}, BLOCKS)
         else:
             wanted = torch.float32 if self.full_precision else dtype
             module = fill(module, numbers(module, self._device), wanted, self._device, "random weights")
@@ -168,7 +168,7 @@ class Meter(Clock):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.peaks: dict[str, int] = {}
-        super().__init__(lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None)
+        super().__init__(lambda: torch.cuda.synchronize(device) if device.type == "cuda" else None, device)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -34,6 +34,7 @@ from srpo_core.rewards.trial import try_rewards
 from srpo_core.run_folder import check_start
 from srpo_core.session import Outcome, Session
 from srpo_core.sharding import fill_parts, looks_whole, move_whole, shard
+from srpo_core.speed import speed_up
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
 from srpo_core.training_data import TrainingData, photo_batches, photo_notes, photo_sizes, sources
@@ -85,7 +86,7 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     with display.during("loading the models"), enough_memory("loading the models", advice):
         rewards = load_rewards(config.reward, world.device)
         try_rewards(rewards, words, config.data.height, config.data.width, world.device)
-        components.full_precision = not config.lora.rank
+        components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
         if world.keeps_step and config.parallel.strategy != "replicate":
             flow = _sharded(config, components, world)
         else:
@@ -100,6 +101,7 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
     parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
+    parts.notes = [*notes, *speed_up(config, parts, world.device, display.warn)]
     parts.less_memory = functools.partial(memory_advice, config, components)
     parts.trained_on = _digest(ready.prompts, inputs.photos)
     return Trainer(session, parts)
@@ -177,13 +179,14 @@ def _sharded(config: RunConfig, components: Components, world: World) -> Trainab
 
 
 def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict[str, object] | None:
-    """Leave a gradient to what is trained, in float32: all weights, or a LoRA beside frozen ones in model.dtype.
+    """Leave a gradient to what is trained, in model.trained_memory: all weights, or a LoRA beside frozen ones.
 
     A LoRA beside a sharded model is whole on every process: it is put there when the model is in parts already.
     """
     module: nn.Module = flow.module.eval()
+    held = getattr(torch, config.model.trained_memory)
     if not config.lora.rank:
-        _cast(module.requires_grad_(True), torch.float32)
+        _cast(module.requires_grad_(True), held)
         return None
     targets = lora_targets(flow.lora_targets, config.lora.targets)
     _cast(module, getattr(torch, config.model.dtype))
@@ -191,6 +194,9 @@ def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict
         add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
     if start is not None:
         start_from(module, config.lora, start)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(held)
     return {"rank": config.lora.rank, "alpha": lora_alpha(config.lora), "targets": list(targets)}
 
 

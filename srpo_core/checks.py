@@ -21,7 +21,16 @@ from srpo_core.rewards import check_reward
 from srpo_core.run_folder import check_space
 from srpo_core.sharding import is_sharded, shards
 from srpo_core.training_data import needs_prompts, photo_sizes, sources
+from srpo_core.weights.fp8_linear import check_fp8
 from srpo_core.weights.lora_names import Lora
+
+WHOLE = {
+    "model.frozen_memory": "full",
+    "model.trained_memory": "float32",
+    "optim.states": "float32",
+    "rollout.precision": "model",
+}
+"""What a model in parts needs of settings that hold numbers in fewer bits: its parts are small as they are."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,14 @@ class Ready:
     held_out: Sequence[str]
 
 
+TRAINED_BYTES = {"float32": 4, "bfloat16": 2}
+"""Of a trained weight or its gradient, by model.trained_memory."""
+MOMENTS_BYTES = {"float32": 8, "8bit": 2 + 8 / 256}
+"""Of a trained weight's two moments, by optim.states."""
+FROZEN_BYTES = {"8bit": 1.0, "fp8": 1.0, "4bit": 0.5 + 1 / 64}
+"""Of a frozen matrix's number, by model.frozen_memory, where that is less than model.dtype."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """How many parameters a run trains and how many it leaves as they are."""
@@ -58,15 +75,25 @@ class Footprint:
         """Memory of a GPU for weights, gradients and optimizer: more is needed, less can't be."""
         if config.parallel.offload:
             return 0
-        copies = 5 if config.optim.ema_decay else 4
-        frozen = self.frozen * (2 if config.model.dtype == "bfloat16" else 4)
-        if config.model.frozen_memory == "8bit":
-            frozen = self.frozen  # nearly all of them are matrices
-        return (4 * copies * self.trained + frozen) // shards(config.parallel)
+        number = 2 if config.model.dtype == "bfloat16" else 4
+        frozen = FROZEN_BYTES.get(config.model.frozen_memory, number)  # nearly all of them are matrices
+        whole = self.trained * (self.held(config) + self.held_while_training(config)) + self.frozen * frozen
+        return round(whole / shards(config.parallel))
+
+    def held(self, config: RunConfig) -> float:
+        """Bytes on the device for each trained number, all the time: the weight, its moments, its average."""
+        narrow = config.model.trained_memory == "bfloat16"  # its average is on the host
+        average = 4 if config.optim.ema_decay and not narrow else 0
+        return TRAINED_BYTES[config.model.trained_memory] + MOMENTS_BYTES[config.optim.states] + average
+
+    def held_while_training(self, config: RunConfig) -> float:
+        """Bytes for each trained number's gradient."""
+        return TRAINED_BYTES[config.model.trained_memory]
 
     def checkpoint_bytes(self, config: RunConfig) -> int:
         """Size of a checkpoint: weights, two moments, and the average if there is one."""
-        return 4 * self.trained * (4 if config.optim.ema_decay else 3)
+        weight, moments = TRAINED_BYTES[config.model.trained_memory], MOMENTS_BYTES[config.optim.states]
+        return round(self.trained * (weight + moments + (4 if config.optim.ema_decay else 0)))
 
 
 def check_files(config: RunConfig) -> Inputs:
@@ -76,10 +103,15 @@ def check_files(config: RunConfig) -> Inputs:
     """
     complaints: list[str] = []
     photos: list[Photo] = []
-    if config.model.frozen_memory == "8bit" and not config.lora.rank:
+    if config.model.frozen_memory != "full" and not config.lora.rank:
         complaints.append(
-            "model.frozen_memory='8bit' freezes the matrices, and lora.rank=0 trains them; set lora.rank=16, say, or"
-            " model.frozen_memory=full"
+            f"model.frozen_memory={config.model.frozen_memory!r} freezes the matrices, and lora.rank=0 trains them; set"
+            " lora.rank=16, say, or model.frozen_memory=full"
+        )
+    if config.model.trained_memory == "bfloat16" and config.model.dtype != "bfloat16":
+        complaints.append(
+            f"model.trained_memory='bfloat16' with model.dtype={config.model.dtype!r}: weights held in bfloat16 are"
+            " computed with in bfloat16; set model.dtype=bfloat16, or model.trained_memory=float32"
         )
     start = None
     for setting in ("prompts", "eval_prompts") if needs_prompts(config.data) else ("eval_prompts",):
@@ -138,6 +170,8 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     check_sharing(config, flow, sorted({size, *photo_sizes(config.data, inputs.photos)}))
     if inputs.start is not None:
         check_start(inputs.start, config.lora, flow)
+    if config.rollout.precision == "fp8":
+        check_fp8(device, "rollout.precision='fp8'")
     footprint = footprint_of(config, flow)
     total, least = device_memory(device), footprint.least_bytes(config)
     if total is not None and least > total:
@@ -151,12 +185,15 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
 
 def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:
     """ConfigError if settings of several processes don't go together, or with the model and the sizes of pictures."""
-    model, parallel = config.model, config.parallel
-    if parallel.strategy != "replicate" and model.frozen_memory != "full":
-        raise ConfigError(
-            f"model.frozen_memory={model.frozen_memory!r} with parallel.strategy={parallel.strategy!r}: matrices that"
-            " are held narrower can't be in parts; set model.frozen_memory=full or parallel.strategy=replicate"
-        )
+    parallel = config.parallel
+    for name, needed in WHOLE.items() if parallel.strategy != "replicate" else ():
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        if value != needed:
+            raise ConfigError(
+                f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
+                f" {name}={needed} or parallel.strategy=replicate"
+            )
     for name, used in (("offload", parallel.offload), ("gathered", parallel.gathered != "layer")):
         if used and not is_sharded(parallel):
             raise ConfigError(
@@ -167,7 +204,7 @@ def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[
         check = getattr(flow, "check_context", None)
         if check is None:
             raise ConfigError(
-                f"parallel.context={parallel.context}: model.family={model.family!r} can't share a picture among"
+                f"parallel.context={parallel.context}: model.family={config.model.family!r} can't share a picture among"
                 " processes (choices: 1)"
             )
         check(parallel.context, sizes)

@@ -49,13 +49,14 @@ class ModelConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
-        description="precision of the forward and backward passes; trained weights are always kept in float32, those"
-        " that a LoRA leaves frozen in this precision",
+        description="precision of the forward and backward passes; trained weights are kept in model.trained_memory,"
+        " those that a LoRA leaves frozen in this precision",
     )
-    recompute: bool = Field(
+    recompute: bool | Literal["auto"] = Field(
         True,
         description="recompute transformer and decoder blocks in the backward pass: less memory, about a third more"
-        " time",
+        " time; auto recomputes those whose activations don't fit into the memory that a GPU has free (the same"
+        " numbers)",
     )
     clip: PathText | None = Field(
         None, description="CLIP-L text encoder: a folder, or a .safetensors file (clip_l.safetensors)"
@@ -81,10 +82,31 @@ class ModelConfig(Section):
         " goes on from there; the run's own LoRA is exported alone and needs this one too, its transformer holds both",
     )
     lora_strength: float = Field(1.0, ge=-10, le=10, description="strength with which model.lora is merged")
-    frozen_memory: Literal["full", "8bit"] = Field(
+    frozen_memory: Literal["full", "8bit", "fp8", "4bit"] = Field(
         "full",
-        description="how the matrices that a LoRA leaves frozen are held: in model.dtype, or in 8 bits, expanded when"
-        " they are used (half the memory with model.recompute, rounded to 1/254 of each row's largest)",
+        description="how the matrices that a LoRA leaves frozen are held: in model.dtype; or, expanded when they are"
+        " used (model.recompute is then worth its time), in 8 bits as whole numbers (half the memory, rounded to 1/254"
+        " of each row's largest), in fp8 (half the memory, rounded to 1/16 of each weight; an fp8 file's as they are)"
+        " or in 4 bits (NF4: a quarter of the memory, about 9 % off)",
+    )
+    trained_memory: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="how trained weights and their gradients are held; bfloat16 takes half the memory: each update is"
+        " rounded up or down at random, so that small ones count on average; an average (optim.ema_decay) is then held"
+        " in float32 on the host",
+    )
+    compile: bool = Field(
+        False,
+        description="compile the transformer's blocks (torch.compile): about a third faster on a GPU; the first step"
+        " takes about a minute longer, less in the next run, which finds the compiled code in ~/.cache/srpo (or"
+        " TORCHINDUCTOR_CACHE_DIR). Where it can't be done, the run goes on without",
+    )
+    attention: Literal["auto", "native", "flash", "cudnn", "efficient", "math", "flash-attn-2", "flash-attn-3"] = Field(
+        "auto",
+        description="attention kernels on an NVIDIA GPU. auto: the fastest of those that agree with float32 on the"
+        " run's shape, for rollouts and for the gradient step each, measured at the start; native: PyTorch's own"
+        " choice; flash, cudnn, efficient, math: PyTorch's kernels; flash-attn-2 and flash-attn-3 need their packages."
+        " The gradient step never takes cudnn, whose backward pass is wrong on some shapes",
     )
 
 
@@ -144,6 +166,36 @@ class RolloutConfig(Section):
         True,
         description="draw the same rollout noise on every rank (as published); the levels differ by rank in any case",
     )
+    precision: Literal["model", "fp8"] = Field(
+        "model",
+        description="numbers of the rollout's matrix products: model.dtype, or fp8 (e4m3, a scale for each row of"
+        " weights and activations), about a quarter faster where model.compile is on; needs an NVIDIA GPU from Ada or"
+        " Hopper on, and memory for a copy of the blocks' matrices in 8 bits (8.5 GB of FLUX.1-dev) as long as a"
+        " rollout lasts, beside model.frozen_memory=8bit too. A LoRA is merged into the copy. Previews and the gradient"
+        " step stay in model.dtype",
+    )
+    calls: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="model calls in a rollout of num_steps: the velocities of its other steps are extrapolated from the"
+        " last two calls; 0 calls the model in every step",
+    )
+    at_once: int = Field(
+        1,
+        ge=1,
+        le=4096,
+        description="micro-batches of an optimizer step (optim.accumulation) that are rolled out together: faster on a"
+        " GPU that one leaves idle, with memory for so many at once",
+    )
+
+    @model_validator(mode="after")
+    def _calls(self) -> RolloutConfig:
+        if self.calls > self.num_steps or self.calls == 1 < self.num_steps:
+            raise ValueError(
+                f"calls={self.calls} of num_steps={self.num_steps}: 0, or 2 to num_steps; one call tells no slope"
+            )
+        return self
 
 
 class AlignConfig(Section):
@@ -200,6 +252,7 @@ class MoreReward(Section):
     offset: float = Field(0.0, description="see scale")
     weight: float = Field(1.0, gt=0, le=1000, description="weight of its loss, and of its value in a mixture")
     fit: Literal["crop", "pad"] = Field("crop", description="how images fit its square: see reward.fit")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="its precision: see reward.dtype")
 
 
 class RewardConfig(Section):
@@ -242,6 +295,11 @@ class RewardConfig(Section):
         description="two wordings whose difference in reward is reported as `sgp`: realistic less artificial; never"
         " trained on",
     )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="precision that a CLIP reward (hpsv2, pickscore, clip) is held and computed in; bfloat16 takes half"
+        " the memory, 1.8 GiB less for HPS: scores about 0.001 off, the difference of two wordings 2 %",
+    )
 
 
 class OptimConfig(Section):
@@ -262,6 +320,11 @@ class OptimConfig(Section):
         lt=1,
         description="decay of the running average of the trained weights, less in early steps: (1 + step) / (10 +"
         " step); previews and exports use the average; 0 keeps none",
+    )
+    states: Literal["float32", "8bit"] = Field(
+        "float32",
+        description="how AdamW's two moments are held: in float32, or in 8 bits each (a quarter of the memory): blocks"
+        " of 256 numbers share a scale, and codes are rounded up or down at random (updates about 5 % off)",
     )
 
 

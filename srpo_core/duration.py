@@ -124,9 +124,10 @@ def expected_pace(config: RunConfig, footprint: Footprint, work: Work, rate: flo
     def forward(pictures: int) -> float:
         return pictures * work.forward / share + starting
 
-    passes = 2 + model.recompute + (not config.lora.rank)  # back to the input, and to weights that are trained
-    aligned = passes * data.batch_size * work.forward / share + (1 + BACKWARD + model.recompute) * starting
-    aligned += (2 + model.recompute) * data.batch_size * work.decode / decoder
+    again = model.recompute is not False  # auto: as long as nothing tells how much is kept
+    passes = 2 + again + (not config.lora.rank)  # back to the input, and to weights that are trained
+    aligned = passes * data.batch_size * work.forward / share + (1 + BACKWARD + again) * starting
+    aligned += (2 + again) * data.batch_size * work.decode / decoder
     on_photos, on_prompts = sources(data, config.seed, optim.steps * optim.accumulation)
     rolled_out = config.rollout.num_steps * forward(data.batch_size) * on_prompts / (on_photos + on_prompts)
     micro = rolled_out + len(align.branches) * align.draws_per_rollout * aligned

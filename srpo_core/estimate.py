@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from srpo_core.checks import Footprint, footprint_of
-from srpo_core.config import MoreReward, RewardConfig, RunConfig
+from srpo_core.checks import FROZEN_BYTES, Footprint, footprint_of
+from srpo_core.config import LoraConfig, MoreReward, RewardConfig, RunConfig
 from srpo_core.interfaces import Components, TrainableFlow
 from srpo_core.lora import linear_shapes, target_shapes
+from srpo_core.sharding import shards
 
 CONTEXT = 600 * 2**20
 """Bytes that CUDA itself and its libraries take in a process."""
@@ -35,7 +36,7 @@ width of the layer's input; and where all weights are trained."""
 EXPANDED = 0.73
 """Share of the matrices in 8 bits that stay expanded where nothing is recomputed: no gradient passes those of
 modulations."""
-DECODE_KEPT, DECODE_RECOMPUTED, DECODE = 11_700, 6_900, 2_460
+DECODE_KEPT, DECODE_RECOMPUTED, DECODE = 11_700, 4_700, 2_460
 """Bytes for each pixel of a decoder of 128 channels: with gradient, with gradient and recomputed, without gradient."""
 DECODER_WIDTH = 128
 PLAIN_DECODER = 0.25
@@ -51,7 +52,7 @@ REWARD_PARAMETERS = {
     "aesthetic": 428_500_000,
     "miniature": 4_600_000,
 }
-"""Of rewards that come in one size; all are held in float32."""
+"""Of rewards that come in one size."""
 Size = tuple[int, int]
 
 
@@ -62,7 +63,7 @@ class Shapes:
     flow: TrainableFlow
     """The model, or its outline on meta."""
     matrices: int
-    """Those that model.frozen_memory=8bit holds in 8 bits."""
+    """Those that model.frozen_memory holds in few bits."""
     largest_matrix: int
     blocks: int
     """How many blocks it has."""
@@ -75,7 +76,8 @@ class Shapes:
     """What its decoder's activations take, as a share of FLUX's own."""
     text: int
     text_matrices: int
-    rewards: int
+    rewards: tuple[int, ...]
+    """Of config.reward and of each in config.reward.more."""
 
     def tokens(self, height: int, width: int) -> int:
         """Tokens of a picture and its prompt: a token is a patch of 2 x 2 latents."""
@@ -103,7 +105,7 @@ def shapes_of(config: RunConfig, components: Components) -> Shapes:
         decoder=_decoder_share(vae),
         text=sum(map(_count, texts)),
         text_matrices=sum(rows * columns for text in texts for rows, columns in linear_shapes(text).values()),
-        rewards=sum(_reward_parameters(one) for one in (config.reward, *config.reward.more)),
+        rewards=tuple(_reward_parameters(one) for one in (config.reward, *config.reward.more)),
     )
 
 
@@ -161,17 +163,18 @@ class Estimate:
 def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     """A run's memory by phase. ConfigError if lora.targets or the size can't be used."""
     model, data, footprint = config.model, config.data, footprint_of(config, shapes.flow)
-    number = NARROW if model.dtype == "bfloat16" else 4
-    still = WORKSPACE + _frozen_bytes(config, footprint, shapes) + number * shapes.autoencoder + 4 * shapes.rewards
-    averages = 4 * footprint.trained if config.optim.ema_decay else 0
-    trained = 12 * footprint.trained + averages  # weights and two moments
-    gradients = 4 * footprint.trained
+    number, parts = NARROW if model.dtype == "bfloat16" else 4, shards(config.parallel)
+    still = WORKSPACE + number * shapes.autoencoder + _reward_bytes(config, shapes)
+    still += _frozen_bytes(config, footprint, shapes) // parts + _gathered(config, shapes, parts)
+    here = 0 if config.parallel.offload else footprint.trained / parts  # or else on the host
+    trained, gradients = round(here * footprint.held(config)), round(here * footprint.held_while_training(config))
     rolled_out = trained + (gradients if config.optim.accumulation > 1 else 0)
     size = (data.height, data.width)
+    together = min(config.rollout.at_once, config.optim.accumulation)
     drawing = max(_forward(config, footprint, shapes, size), _decoding(config, shapes, size, False))
     phases = {
         "encoding prompts": _text_bytes(config, shapes),
-        "rollout": still + rolled_out + _forward(config, footprint, shapes, size),
+        "rollout": still + rolled_out + _copy(config, shapes) + _forward(config, footprint, shapes, size, together),
         "gradient step": still + trained + gradients + _backward(config, footprint, shapes, size),
         "previews": still + trained + drawing,
     }
@@ -181,10 +184,25 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     return Estimate(phases, CONTEXT + (SEVERAL if several else 0))
 
 
+def _gathered(config: RunConfig, shapes: Shapes, parts: int) -> int:
+    """What a process holds of the others' parts: the block at work and the next one, or all of a step's."""
+    if parts == 1:
+        return 0
+    number = NARROW if config.model.dtype == "bfloat16" else 4
+    whole = config.parallel.gathered != "layer"
+    return number * (_count(shapes.flow.module) if whole else 2 * shapes.largest_block)
+
+
+def _reward_bytes(config: RunConfig, shapes: Shapes) -> int:
+    rewards = zip((config.reward, *config.reward.more), shapes.rewards, strict=True)
+    return sum(count * (NARROW if one.dtype == "bfloat16" else 4) for one, count in rewards)
+
+
 def _frozen_bytes(config: RunConfig, footprint: Footprint, shapes: Shapes) -> int:
     number = NARROW if config.model.dtype == "bfloat16" else 4
-    if config.model.frozen_memory == "8bit" and footprint.frozen:
-        return shapes.matrices + number * (footprint.frozen - shapes.matrices)
+    if config.model.frozen_memory != "full" and footprint.frozen:
+        held = FROZEN_BYTES[config.model.frozen_memory]
+        return round(held * shapes.matrices) + number * (footprint.frozen - shapes.matrices)
     return number * footprint.frozen
 
 
@@ -200,14 +218,25 @@ def _text_bytes(config: RunConfig, shapes: Shapes) -> int:
 
 def _narrow_copies(config: RunConfig, footprint: Footprint) -> int:
     """Trained weights in bfloat16 beside those in float32, as long as a forward pass lasts."""
-    return NARROW * footprint.trained if config.model.dtype == "bfloat16" else 0
+    cast = (
+        config.model.dtype == "bfloat16" and config.model.trained_memory == "float32" and shards(config.parallel) == 1
+    )
+    return NARROW * footprint.trained if cast else 0
 
 
-def _forward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size) -> int:
-    """Activations of a forward pass without gradient."""
+def _copy(config: RunConfig, shapes: Shapes) -> int:
+    """The copy in fp8 that is rolled out: a byte for each number of the layers that a LoRA of all would go beside."""
+    if config.rollout.precision != "fp8":
+        return 0
+    layers = target_shapes(shapes.flow, LoraConfig(targets="all"))
+    return sum(rows * columns for rows, columns in layers.values())
+
+
+def _forward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size, together: int = 1) -> int:
+    """Activations of a forward pass without gradient, of so many micro-batches together."""
     wide = 1 if config.model.dtype == "bfloat16" else 2
-    tokens = config.data.batch_size * shapes.tokens(*size)
-    expanded = 3 * shapes.largest_matrix if config.model.frozen_memory == "8bit" else 0
+    tokens = together * config.data.batch_size * shapes.tokens(*size)
+    expanded = 3 * shapes.largest_matrix if config.model.frozen_memory != "full" else 0
     return wide * FORWARD * tokens * shapes.width + _narrow_copies(config, footprint) + expanded
 
 
@@ -219,11 +248,11 @@ def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Siz
     block = wide * BLOCK * units
     if model.recompute:
         kept = number * units * shapes.blocks
-        if model.frozen_memory == "8bit":
+        if model.frozen_memory != "full":
             block += number * shapes.largest_block + 8 * shapes.largest_matrix
     else:
         kept = round(wide * _kept(config, shapes) * units) + _narrow_copies(config, footprint)
-        if model.frozen_memory == "8bit":
+        if model.frozen_memory != "full":
             kept += round(number * EXPANDED * shapes.matrices)
     forward = kept + _narrow_copies(config, footprint)
     return max(forward, kept + _decoding(config, shapes, size, True), kept + block)

@@ -12,7 +12,9 @@ from srpo_core.interfaces import Components, TrainableFlow
 
 LARGER = "it takes a card with more memory"
 MOST_TRIED = 4
-GENERAL = "try model.recompute=true, a smaller data.batch_size or data.height and data.width, or a LoRA (lora.rank=16)"
+GENERAL = "try model.recompute=auto, a smaller data.batch_size or data.height and data.width, or a LoRA (lora.rank=16)"
+NARROW_REWARDS = ("hpsv2", "pickscore", "clip")
+"""Those that reward.dtype is about."""
 Change = Mapping[str, object]
 """Settings by their names with sections."""
 
@@ -23,15 +25,18 @@ def smaller_settings(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
     if model.t5_memory != "8bit":
         yield {"model.t5_memory": "8bit"}
     if not model.recompute:
-        yield {"model.recompute": True}
+        yield {"model.recompute": "auto"}
     if data.batch_size > 1:  # as many pictures a step
         yield {"data.batch_size": 1, "optim.accumulation": config.optim.accumulation * data.batch_size}
+    yield from _narrower(config)
     if config.optim.ema_decay:
         yield {"optim.ema_decay": 0.0}
     if not lora.rank:
         yield {"lora.rank": 16}
     if model.frozen_memory == "full":
         yield {"model.frozen_memory": "8bit"} if lora.rank else {"lora.rank": 16, "model.frozen_memory": "8bit"}
+    if model.frozen_memory != "4bit" and lora.rank:
+        yield {"model.frozen_memory": "4bit"}
     if lora.rank > 16:
         yield {"lora.rank": 16}
     if lora.targets == "all" and "attention" in shapes.flow.lora_targets:
@@ -39,6 +44,21 @@ def smaller_settings(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
     for side in (640, 512, 384):
         if max(data.height, data.width) > side:
             yield _scaled(config, shapes, side)
+
+
+def _narrower(config: RunConfig) -> Iterator[Change]:
+    """Changes that hold the same things in fewer bits: the reward, moments, trained weights."""
+    if config.reward.dtype == "float32" and config.reward.name in NARROW_REWARDS:
+        yield {"reward.dtype": "bfloat16"}
+    if config.parallel.strategy != "replicate":  # shards hold moments in float32
+        return
+    states = {"optim.states": "8bit"} if config.optim.states == "float32" else {}
+    weights = {}
+    if config.model.trained_memory == "float32" and config.model.dtype == "bfloat16":
+        weights = {"model.trained_memory": "bfloat16"}
+    yield from (change for change in (states, weights) if change)
+    if states and weights:
+        yield states | weights
 
 
 def _scaled(config: RunConfig, shapes: Shapes, side: int) -> Change:

@@ -30,7 +30,10 @@ def shifted_sigmas(num_steps: int, shift: float, device: torch.device | str | No
 def per_sample(value: Level, latents: Tensor) -> Tensor:
     """A number or [B] as [B] beside `latents` [B, ...]: same device, at least float32."""
     dtype = torch.promote_types(latents.dtype, torch.float32)
-    level = torch.as_tensor(value, device=latents.device, dtype=dtype)
+    if isinstance(value, Tensor):
+        level = value.to(latents.device, dtype, non_blocking=True)
+    else:
+        level = torch.full((), value, device=latents.device, dtype=dtype)  # filled there: no copy to wait for
     if level.ndim > 1 or (level.ndim == 1 and len(level) != len(latents)):
         raise ValueError(f"a level is a number or [B], got {list(level.shape)} for {len(latents)} latents")
     return level.expand(len(latents))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +12,42 @@ import torch
 from torch import Tensor
 
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
+from srpo_core.attention import Attention
 from srpo_core.checkpoint import copy_tensors, read_shapes
 from srpo_core.config import RunConfig
-from srpo_core.errors import NotFiniteError, blamed_on
+from srpo_core.errors import blamed_on
+from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
+from srpo_core.keeping import CudaMemory, keep_what_fits
 from srpo_core.metrics import Clock, StepMetrics, over_processes
-from srpo_core.optim import Average, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from srpo_core.parallel import World, attention_with_gradient
+from srpo_core.optim import (
+    Average,
+    gradient_norm,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
+from srpo_core.parallel import World
 from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
-from srpo_core.rewards.mixture import WeightedReward, weighted_mean
-from srpo_core.rollout import Rollout, rollout, rollout_from_images
-from srpo_core.sharding import gathered, hand_over_gradients, is_part, like, part_of, parts_of, settle, total_norm
+from srpo_core.rewards.mixture import WeightedReward
+from srpo_core.rollout import Rollout, Start, each_of, rollout, rollout_from_images
+from srpo_core.rollout_copy import RolloutCopy
+from srpo_core.sharding import (
+    gathered,
+    hand_over_gradients,
+    is_part,
+    like,
+    part_of,
+    parts_of,
+    settle,
+    sum_over_machines,
+    whole_norm,
+)
+from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData
 
 
@@ -47,6 +68,10 @@ class Parts:
     """What state.json tells of a LoRA: {"rank", "alpha", "targets"}."""
     notes: Sequence[str] = ()
     """What the user should know before training starts."""
+    attention: Attention = field(default_factory=Attention)
+    """The kernels that its calls use."""
+    rollout_copy: RolloutCopy | None = None
+    """What is rolled out in the flow's place."""
     trained_on: str = ""
     """A digest of the prompts and photos: a resumed run says so if they are others."""
     less_memory: Callable[[], str] = lambda: "try a smaller data.batch_size or data.height and data.width"
@@ -64,10 +89,15 @@ class Learner:
         self.config, self.world, self._check = config, world, world.agreed(check)
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
+        self.attention, self._copy = parts.attention, parts.rollout_copy
+        self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
+        if config.model.recompute == "auto" and world.device.type == "cuda":
+            memory = CudaMemory(world.device)
+            keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.parts = parts_of(self.trained)
         """What this process holds of `trained`, as the optimizer and the average know it."""
-        self.optimizer = make_optimizer(self.parts, config.optim)
+        self.optimizer = make_optimizer(self.parts, config.optim, config.seed)
         self.is_sharded = self.parts is not self.trained
         """Whether what is trained is spread over processes; a LoRA beside a sharded model isn't."""
         decay = config.optim.ema_decay
@@ -76,16 +106,18 @@ class Learner:
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
         words = self.words.pair(number)
-        tally = _Tally(self.rewards)
+        tally, finite = Tally(self.rewards), FiniteChecks(early=not self.world.keeps_step)
         try:
             with self.world.together(), gathered(self.flow.module, self.config.parallel.gathered == "step"):
-                for micro in range(self.config.optim.accumulation):
+                for micros in self._groups():
                     with self.world.in_step():
-                        self._add_gradients(number, micro, words, tally, clock)
+                        self._add_gradients(number, micros, words, tally, finite, clock)
                 self._check()
+                if self.world.size > 1:
+                    finite.require()  # before the others' gradients take it in
             with self.world.together(), clock.phase("optimizer"):
                 self.world.average([p.grad for p in self.trained.values() if p.grad is not None and not is_part(p)])
-                grad_norm, lr = self._update(number)
+                grad_norm, lr = self._update(number, finite)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
             for parameter in self.trained.values():
@@ -94,25 +126,55 @@ class Learner:
         summary = over_processes(self.world.exchange(tally.summary())[:: self.world.context])
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
 
-    def _add_gradients(self, number: int, micro: int, words: tuple[str, str], tally: _Tally, clock: Clock) -> None:
-        """Add a micro-batch's share of the step's gradient to the trained parameters'."""
+    def _groups(self) -> list[list[int]]:
+        """The step's micro-batches, those together that are rolled out together."""
+        count, at_once = self.config.optim.accumulation, self.config.rollout.at_once
+        return [list(range(first, min(count, first + at_once))) for first in range(0, count, at_once)]
+
+    def _add_gradients(
+        self,
+        number: int,
+        micros: Sequence[int],
+        words: tuple[str, str],
+        tally: Tally,
+        finite: FiniteChecks,
+        clock: Clock,
+    ) -> None:
+        """Add some micro-batches' share of the step's gradient to the trained parameters'."""
         with clock.phase("rollout"):
             self._check()
-            clean = self._rollout(number, micro)
-            on_photos = self.data.on_photos(self._micro(number, micro))
-            tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
-            self._require_finite(clean.clean, "the rollout")
-        with clock.phase("gradient"), attention_with_gradient():
-            for draw in range(self.config.align.draws_per_rollout):
-                for branch, align_step in self._align_steps(number, micro, draw):
-                    self._check()
-                    loss = self._branch_loss(clean, branch, align_step, words, tally)
-                    self._require_finite(loss, f"the loss of the {branch} branch")
-                    self._check()
-                    (loss * self.world.context).backward()  # each of a group has a part of the gradient, not all
+            rollouts = self._rollouts(number, micros)
+            for micro, clean in zip(micros, rollouts, strict=True):
+                on_photos = self.data.on_photos(self._micro(number, micro))
+                tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
+                finite.add(clean.clean, "the rollout")
+        with clock.phase("gradient"), self.attention.with_gradient():
+            for micro, clean in zip(micros, rollouts, strict=True):
+                self._add_branches(number, micro, clean, words, tally, finite)
+            self._look_ahead(number, micros)
+
+    def _add_branches(
+        self,
+        number: int,
+        micro: int,
+        clean: Rollout,
+        words: tuple[str, str],
+        tally: Tally,
+        finite: FiniteChecks,
+    ) -> None:
+        """Add what all branches of a micro-batch say of the gradient."""
+        optim, draws = self.config.optim, self.config.align.draws_per_rollout
+        steps = [each for draw in range(draws) for each in self._align_steps(number, micro, draw)]
+        for i, (branch, align_step) in enumerate(steps):
+            self._check()
+            loss = self._branch_loss(clean, branch, align_step, words, tally)
+            finite.add(loss, f"the loss of the {branch} branch")
+            self._check()
+            sum_over_machines(self.flow.module, micro == optim.accumulation - 1 and i == len(steps) - 1)
+            (loss * self.world.context).backward()  # each of a group has a part of the gradient, not all
 
     def _branch_loss(
-        self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: _Tally
+        self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: Tally
     ) -> Tensor:
         """A branch's part of the step's loss, with gradient."""
         optim, align = self.config.optim, self.config.align
@@ -132,16 +194,18 @@ class Learner:
         tally.add(branch, loss, scores, preferred_values, align_step)
         return loss
 
-    def _update(self, number: int) -> tuple[Tensor, float]:
+    def _update(self, number: int, finite: FiniteChecks) -> tuple[Tensor, float]:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
         with self.world.in_step():
             settle(self.flow.module)
             hand_over_gradients(self.trained, self.parts)
             parameters = list(self.parts.values())
-            norm = total_norm(list(self.trained.values()), [p.grad for p in parameters if p.grad is not None])
+            norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
+            norm = whole_norm(norm, self.trained.values())
             grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
-        _require_finite(grad_norm, "the gradient")
+        finite.add(grad_norm, "the gradient")
+        finite.require()
         torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm, grad_norm)
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
@@ -163,22 +227,54 @@ class Learner:
         return micro * self.world.parts + self.world.part
 
     def _rollout(self, number: int, micro: int) -> Rollout:
-        """Clean latents of the micro-batch's prompts: sampled from noise, or encoded from their photos."""
-        config, world = self.config, self.world
-        batch = self.data.at(self._micro(number, micro), world.part, world.parts)
-        prompts = batch.prompts.to(world.device)
-        part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
-        generator = generator_for(config.seed, number, 0, f"noise {part}")
-        shape = self.flow.latent_shape(batch.height, batch.width)
-        noise = torch.randn(len(prompts), *shape, generator=generator).to(world.device)
-        if batch.photos:
-            images = load_photos(batch.photos, batch.height, batch.width).to(world.device)
-            with blamed_on("the autoencoder (model.autoencoder)"):
-                return rollout_from_images(self.autoencoder, images, prompts, noise)
+        """Clean latents of one micro-batch."""
+        return self._rollouts(number, [micro])[0]
+
+    def _rollouts(self, number: int, micros: Sequence[int]) -> list[Rollout]:
+        """Clean latents of micro-batches: sampled from noise together, or each encoded from its photos."""
+        config, starts = self.config, self._starts(number, micros)
+        sampled = [start for start in starts if start.images is None]
         sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
-        check = None if world.keeps_step else lambda *_: self._check()  # such a check is no small thing
-        with gathered(self.flow.module, config.parallel.gathered == "rollout"):
-            return rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, check)
+        check = None if self.world.keeps_step else lambda *_: self._check()  # such a check is no small thing
+        guidance, calls = config.rollout.guidance, config.rollout.calls
+        with self._copy.filled() if self._copy is not None and sampled else contextlib.nullcontext(self.flow) as flow:
+
+            def sample(prompts: PromptBatch, noise: Tensor) -> Rollout:
+                return rollout(flow, prompts, noise, sigmas, guidance, check, calls)
+
+            with gathered(self.flow.module, config.parallel.gathered == "rollout"):
+                done = iter(each_of(sample, [(start.prompts, start.noise) for start in sampled]))
+        return [next(done) if start.images is None else self._encoded(start) for start in starts]
+
+    def _encoded(self, start: Start) -> Rollout:
+        with blamed_on("the autoencoder (model.autoencoder)"):
+            return rollout_from_images(self.autoencoder, start.images, start.prompts, start.noise)
+
+    def _starts(self, number: int, micros: Sequence[int]) -> list[Start]:
+        """What the micro-batches' rollouts start from, which may be there already."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == (number, *micros) else self._made(number, micros)
+
+    def _look_ahead(self, number: int, micros: Sequence[int]) -> None:
+        """Make ready what the rollouts after some micro-batches' start from, while the device is still at work."""
+        groups = self._groups()
+        place = groups.index(list(micros)) + 1
+        number, place = (number, place) if place < len(groups) else (number + 1, 0)
+        if number <= self.config.optim.steps:
+            with contextlib.suppress(Exception):  # what is wrong with it is told when its turn has come
+                self._ahead = (number, *groups[place]), self._made(number, groups[place])
+
+    def _made(self, number: int, micros: Sequence[int]) -> list[Start]:
+        config, world, starts = self.config, self.world, []
+        for micro in micros:
+            batch = self.data.at(self._micro(number, micro), world.part, world.parts)
+            part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
+            generator = generator_for(config.seed, number, 0, f"noise {part}")
+            shape = self.flow.latent_shape(batch.height, batch.width)
+            noise = torch.randn(len(batch.prompts), *shape, generator=generator)
+            images = load_photos(batch.photos, batch.height, batch.width) if batch.photos else None
+            starts.append(Start(batch.prompts, noise, images).to(world.device))
+        return starts
 
     def _align_steps(self, number: int, micro: int, draw: int) -> list[tuple[str, AlignStep]]:
         """Each branch and its gradient step, at levels drawn for this draw."""
@@ -224,63 +320,3 @@ class Learner:
         if parameter is None or not is_part(parameter) or not shape:
             return torch.empty(shape, dtype=dtype)
         return like(torch.empty_like(part_of(parameter), dtype=dtype), parameter)
-
-    def _require_finite(self, value: Tensor, what: str) -> None:
-        """As _require_finite; where processes keep step, of all of them."""
-        self.world.agreed(lambda: _require_finite(value, what))()
-
-
-def _require_finite(value: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise NotFiniteError(
-            f"{what} is not finite (NaN or infinite), so the run stops before the weights take it in;"
-            " try a lower optim.lr, optim.warmup_steps, or model.dtype=float32"
-        )
-
-
-class _Tally:
-    """Sums up a step's branches."""
-
-    def __init__(self, rewards: Sequence[WeightedReward]) -> None:
-        self.parts = rewards
-        self.loss: list[Tensor] = []
-        self.score: dict[str, list[Tensor]] = defaultdict(list)
-        self.reward: dict[str, list[Tensor]] = defaultdict(list)
-        self.scores: dict[str, dict[str, list[Tensor]]] = {part.name: defaultdict(list) for part in rewards}
-        self.rewards: dict[str, dict[str, list[Tensor]]] = {part.name: defaultdict(list) for part in rewards}
-        self.sigma: list[Tensor] = []
-        self.source: dict[str, int] = defaultdict(int)
-
-    def add(
-        self, branch: str, loss: Tensor, scores: dict[str, Tensor], preferred: dict[str, Tensor], align_step: AlignStep
-    ) -> None:
-        """A branch's loss, and by reward its scores and the preferred wording's values, each [B], no gradient."""
-        self.loss.append(loss.detach())
-        if len(self.parts) == 1:
-            (score,), (value,) = scores.values(), preferred.values()
-        else:
-            score = weighted_mean(scores, self.parts)
-            value = weighted_mean({part.name: part.normalised(preferred[part.name]) for part in self.parts}, self.parts)
-        self.score[branch].append(score)
-        self.reward[branch].append(value)
-        for part in self.parts:
-            self.scores[part.name][branch].append(scores[part.name])
-            self.rewards[part.name][branch].append(preferred[part.name])
-        self.sigma.append(torch.as_tensor(align_step.sigma))
-
-    def summary(self) -> dict[str, Any]:
-        def mean(values: list[Tensor]) -> float:
-            return float(torch.stack(values).float().mean())
-
-        def by_branch(values: dict[str, list[Tensor]]) -> dict[str, float]:
-            return {branch: mean(each) for branch, each in values.items()}
-
-        by_reward = {"scores": self.scores, "rewards": self.rewards} if len(self.parts) > 1 else {}
-        return {
-            "loss": float(torch.stack(self.loss).sum()),
-            "score": by_branch(self.score),
-            "reward": by_branch(self.reward),
-            **{key: {name: by_branch(each) for name, each in of.items()} for key, of in by_reward.items()},
-            "sigma": mean(self.sigma),
-            "source": dict(self.source),
-        }

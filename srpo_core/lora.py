@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from srpo_core.config import ConfigError, LoraConfig, nearest
 from srpo_core.interfaces import TrainableFlow
-from srpo_core.weights.eight_bit import put_weight
+from srpo_core.weights.compressed import put_weight
 from srpo_core.weights.lora_names import Lora, LoraLayer, check_lora, read_lora
 
 ADAPTER = "default"
@@ -44,7 +44,7 @@ def add_lora(
     from peft import inject_adapter_in_model
 
     module.requires_grad_(False)
-    pattern = _pattern(targets)
+    pattern = layer_pattern(targets)
     if not any(re.fullmatch(pattern, name) for name, _ in module.named_modules()):
         raise ConfigError(f"lora.targets={config.targets!r}: the model has no layers called {', '.join(targets)}")
     peft_config = PeftConfig(r=config.rank, lora_alpha=lora_alpha(config), target_modules=pattern)
@@ -62,7 +62,7 @@ def add_lora(
     return names
 
 
-def _pattern(targets: Sequence[str]) -> str:
+def layer_pattern(targets: Sequence[str]) -> str:
     """Matches the paths of the layers that get a LoRA: those that end with ".<target>"."""
     return rf".+\.({'|'.join(re.escape(target) for target in targets)})"
 
@@ -104,7 +104,7 @@ def linear_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def target_shapes(flow: TrainableFlow, config: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Weight shapes [out, in] of the layers that get a LoRA, by their paths. ConfigError if the model has none."""
     targets = lora_targets(flow.lora_targets, config.targets)
-    pattern = _pattern(targets)
+    pattern = layer_pattern(targets)
     found = {name: shape for name, shape in linear_shapes(flow.module).items() if re.fullmatch(pattern, name)}
     if not found:
         raise ConfigError(f"lora.targets={config.targets!r}: the model has no layers called {', '.join(targets)}")

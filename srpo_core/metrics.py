@@ -67,22 +67,47 @@ def over_processes(parts: Sequence[Any]) -> Any:
 
 
 class Clock:
-    """Seconds spent in named phases. `synchronize` waits for the device before the clock is read."""
+    """Seconds spent in named phases, which may nest and repeat.
 
-    def __init__(self, synchronize: Callable[[], None]) -> None:
-        self.seconds: dict[str, float] = {}
+    On a CUDA `device` its own clock is read, so that nothing waits before `seconds` are asked for; elsewhere
+    `synchronize` waits for the device at the end of each phase.
+    """
+
+    def __init__(self, synchronize: Callable[[], None], device: torch.device | None = None) -> None:
+        self._device, self._by_events = device, device is not None and device.type == "cuda"
         self._synchronize = synchronize
+        self._spans: list[tuple[str, Any, Any]] = []
         self._started = time.perf_counter()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the context's time to a phase."""
-        start = time.perf_counter()
+        start = self._now()
         try:
             yield
         finally:
+            if not self._by_events:
+                self._synchronize()
+            self._spans.append((name, start, self._now()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, as far as these have ended; waits for the device."""
+        if self._by_events and self._spans:
             self._synchronize()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds: dict[str, float] = {}
+        for name, start, end in self._spans:
+            spent = start.elapsed_time(end) / 1e3 if self._by_events else end - start
+            seconds[name] = seconds.get(name, 0.0) + spent
+        return seconds
+
+    def _now(self) -> Any:
+        """A moment: a number, or an event that the device will note the time of."""
+        if not self._by_events:
+            return time.perf_counter()
+        moment = torch.cuda.Event(enable_timing=True)
+        moment.record(torch.cuda.current_stream(self._device))
+        return moment
 
     def total(self) -> float:
         """Seconds since the clock was made."""

@@ -216,9 +216,10 @@ class World:
         return whole
 
     def check_same(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """TrainingError if float32 tensors aren't the same on every process; their bits are summed up for that."""
+        """TrainingError if tensors aren't the same on every process; their bits are summed up for that."""
         if self.size > 1:
-            bits = [tensor.detach().view(torch.int32) for tensor in tensors.values()]
+            whole = {2: torch.int16, 4: torch.int32}
+            bits = [tensor.detach().view(whole[tensor.element_size()]) for tensor in tensors.values()]
             sums = torch.stack([one.sum(dtype=torch.int64) for one in bits])
             told = self.exchange([int(one) for one in sums])
             differ = [name for name, *each in zip(tensors, *told, strict=True) if len(set(each)) > 1]
@@ -296,18 +297,3 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         count += tensor.numel()
     if bucket:
         yield bucket
-
-
-@contextlib.contextmanager
-def attention_with_gradient() -> Iterator[None]:
-    """Inside the context CUDA attention keeps to kernels whose backward pass can be trusted.
-
-    cuDNN's gave NaN or illegal accesses on FLUX's shapes (torch 2.11, H100 and H200). Recomputed blocks choose their
-    kernel in the backward pass, so that belongs inside too.
-    """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,6 +29,37 @@ class Rollout:
         object.__setattr__(self, "clean", self.clean.detach())
 
 
+@dataclass(frozen=True)
+class Start:
+    """What a micro-batch's rollout starts from: noise [B, C, h, w] of its prompts, and photos in a sample's place."""
+
+    prompts: PromptBatch
+    noise: Tensor
+    images: Tensor | None
+
+    def to(self, device: torch.device) -> Start:
+        """The same on a device; it may still be on its way there when this returns."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+            return pinned.to(device, non_blocking=True)
+
+        embeds = {name: moved(tensor) for name, tensor in self.prompts.embeds.items()}
+        images = moved(self.images) if self.images is not None else None
+        return Start(PromptBatch(self.prompts.prompts, embeds), moved(self.noise), images)
+
+
+def called_steps(num_steps: int, calls: int) -> list[int]:
+    """The Euler steps 0 ... num_steps - 1 in which `calls` calls of the model are made: the first two, the last, and
+    evenly between. All of them where calls is 0."""
+    if not calls or calls >= num_steps:
+        return list(range(num_steps))
+    if calls < 2:
+        raise ValueError(f"calls={calls} of {num_steps} steps: two at least tell a slope")
+    between = [1 + round(i * (num_steps - 2) / max(1, calls - 2)) for i in range(calls - 1)]
+    return [0, *between]
+
+
 @torch.no_grad()
 def rollout(
     flow: FlowModel,
@@ -37,20 +68,59 @@ def rollout(
     sigmas: Tensor,
     guidance: float,
     on_step: Callable[[int, Tensor], None] | None = None,
+    calls: int = 0,
 ) -> Rollout:
     """Euler steps from noise [B, C, h, w] down the schedule sigmas [N + 1], in float32.
 
-    `on_step(steps done, latents)` is called after each step.
+    With `calls` the model is called in so many of the steps; the velocities of the others lie on the line through those
+    of the last two calls, over sigma. `on_step(steps done, latents)` is called after each step.
     """
     noise = noise.float()
     latents = noise
     levels = sigmas.tolist()
+    called = set(called_steps(len(levels) - 1, calls))
+    known: list[tuple[float, Tensor]] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        velocity = flow.velocity(latents, per_sample(sigma, latents), prompts, guidance)
+        if i in called:
+            velocity = flow.velocity(latents, per_sample(sigma, latents), prompts, guidance)
+            known = [*known[-1:], (sigma, velocity)]
+        else:
+            velocity = _extrapolated(*known, sigma)
         latents = euler_step(latents, velocity, sigma, sigma_next)
         if on_step is not None:
             on_step(i + 1, latents)
     return Rollout(prompts, noise, latents)
+
+
+def _extrapolated(before: tuple[float, Tensor], last: tuple[float, Tensor], sigma: float) -> Tensor:
+    """The velocity at sigma on the line through two (sigma, velocity)."""
+    weight = (sigma - last[0]) / (last[0] - before[0])
+    return torch.lerp(before[1], last[1], 1 + weight)
+
+
+def each_of(
+    sample: Callable[[PromptBatch, Tensor], Rollout], batches: Sequence[tuple[PromptBatch, Tensor]]
+) -> list[Rollout]:
+    """The rollouts of several batches of (prompts, noise): those of the same shapes are sampled as one batch."""
+    alike: dict[object, list[int]] = {}
+    for i, (prompts, noise) in enumerate(batches):
+        shapes = {name: tensor.shape[1:] for name, tensor in prompts.embeds.items()}
+        alike.setdefault((noise.shape[1:], tuple(sorted(shapes.items()))), []).append(i)
+    done: dict[int, Rollout] = {}
+    for group in alike.values():
+        chosen = [batches[i] for i in group]
+        if len(chosen) == 1:
+            done[group[0]] = sample(*chosen[0])
+            continue
+        whole = sample(_joined([prompts for prompts, _ in chosen]), torch.cat([noise for _, noise in chosen]))
+        for i, clean in zip(group, whole.clean.split([len(noise) for _, noise in chosen]), strict=True):
+            done[i] = Rollout(*batches[i], clean)
+    return [done[i] for i in range(len(batches))]
+
+
+def _joined(batches: Sequence[PromptBatch]) -> PromptBatch:
+    embeds = {name: torch.cat([batch.embeds[name] for batch in batches]) for name in batches[0].embeds}
+    return PromptBatch(sum((batch.prompts for batch in batches), ()), embeds)
 
 
 @torch.no_grad()

@@ -20,8 +20,11 @@ from srpo_core.description import load_run, make_config, place_override
 from srpo_core.files import free_bytes, nearest_existing, size_text, write_atomic
 from srpo_core.metrics import read_metrics
 
-FREE_TO_CHANGE = ("output.", "parallel.", "model.recompute", "data.embeddings")
-"""Settings that leave the course of a run as it is, so that a resumed run may have other values."""
+FREE_TO_CHANGE = (
+    "output.", "parallel.", "model.recompute", "data.embeddings", "optim.states", "model.trained_memory",
+)  # fmt: skip
+"""Settings that leave the course of a run as it is but for rounding, so that a resumed run may have other values; a
+checkpoint's moments and weights are converted."""
 
 
 def holds_run(run_dir: Path | str) -> bool:

@@ -108,11 +108,12 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def total_norm(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients; of `parameters` in parts, over all parts, on the device that computes."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    meshes = {parameter.device_mesh for parameter in parameters if is_part(parameter)}
-    for mesh in meshes:  # one, if any
+def whole_norm(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients by that of this process's: of `parameters` in parts, over all parts.
+
+    On the device that computes.
+    """
+    for mesh in {parameter.device_mesh for parameter in parameters if is_part(parameter)}:  # one, if any
         device = torch.device("cpu") if mesh.device_type == "cpu" else torch.device("cuda", torch.cuda.current_device())
         squared = norm.to(device) ** 2
         dist.all_reduce(squared, group=mesh.get_group(mesh.ndim - 1))
@@ -170,6 +171,12 @@ def move_whole(module: nn.Module, device: torch.device) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad and not is_part(parameter):
             parameter.data = parameter.data.to(device)
+
+
+def sum_over_machines(module: nn.Module, now: bool) -> None:
+    """Of a hybrid model: sum gradients over machines too with the next backward pass, or leave that to a later one."""
+    if hasattr(module, "set_requires_all_reduce"):
+        module.set_requires_all_reduce(now)
 
 
 def settle(module: nn.Module) -> None:

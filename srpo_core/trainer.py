@@ -9,6 +9,7 @@ from typing import Any
 from srpo_core.align import training_levels
 from srpo_core.checkpoint import checkpoint_step, describe_latest, latest, prune, read_state, save, save_parts
 from srpo_core.columns import means
+from srpo_core.compact_adamw import CompactAdamW
 from srpo_core.config import ConfigError, ModelConfig
 from srpo_core.drift import VelocityProbe
 from srpo_core.errors import TrainingError, enough_memory
@@ -26,7 +27,7 @@ from srpo_core.stopping import StopRequested
 
 PROBE_PROMPTS = 2
 EVALUATION_SETTINGS: dict[str, Any] = {
-    "model": set(ModelConfig.model_fields) - {"recompute"},
+    "model": set(ModelConfig.model_fields) - {"recompute", "trained_memory"},
     "data": {"height", "width"},
     "rollout": {"shift"},
     "reward": True,
@@ -47,6 +48,8 @@ class Trainer:
         self.measures, self.held_out = parts.measures, parts.held_out
         self.notes, self.trained_on, self.less_memory = parts.notes, parts.trained_on, parts.less_memory
         self.learner = Learner(self.config, self.world, parts, self.stop.check)
+        if isinstance(self.learner.optimizer, CompactAdamW):
+            self.learner.optimizer.report = self.display.warn
         self.latent_shape = self.flow.latent_shape(self.config.data.height, self.config.data.width)
         self.previews = self._gallery(self.config.output.preview_prompts)
         self.metrics = StepMetrics(0)
@@ -99,7 +102,7 @@ class Trainer:
         if self.metrics.step and not self.metrics.preview and self._preview_is_due():
             self._after_step(log)  # a stop came during its preview
         while self.metrics.step < self.config.optim.steps:
-            clock = Clock(self.world.synchronize)
+            clock = self._clock()
             self.metrics = self._learn(self.metrics.step + 1, clock)
             if probe is not None:
                 with clock.phase("drift"), self.world.in_step():
@@ -107,13 +110,16 @@ class Trainer:
             self.metrics.seconds = clock.seconds | {"total": clock.total()}
             self._after_step(log)
 
+    def _clock(self) -> Clock:
+        return Clock(self.world.synchronize, self.world.device)
+
     def _preview_is_due(self) -> bool:
         every, step = self.config.output.preview_every, self.metrics.step
         return bool(every) and (step % every == 0 or step == self.config.optim.steps)
 
     def _after_step(self, log: MetricsLog) -> None:
         """All that is due after a step; its line is written last."""
-        metrics, clock, is_best = self.metrics, Clock(self.world.synchronize), False
+        metrics, clock, is_best = self.metrics, self._clock(), False
         last = metrics.step == self.config.optim.steps
         if self._preview_is_due():
             with clock.phase("preview"):
@@ -140,7 +146,7 @@ class Trainer:
     def _record_base(self, log: MetricsLog) -> None:
         """Step 0: a preview of the untrained model."""
         if self.config.output.preview_every:
-            clock = Clock(self.world.synchronize)
+            clock = self._clock()
             with clock.phase("preview"):
                 self._preview(self.metrics, log)
             self.metrics.seconds = clock.seconds | {"total": clock.total()}

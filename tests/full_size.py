@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from srpo_core.config import ModelConfig
 from srpo_core.models.flux import BLOCKS
 from srpo_core.models.flux_files import transformer_at
-from srpo_core.weights.eight_bit import fill_8bit
+from srpo_core.weights.compressed import fill_compressed
 from srpo_core.weights.loading import fill
 
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -34,8 +34,8 @@ def transformer(
     shapes = original_shapes(**DEV | {"double": double, "single": single})
     part = transformer_at(header_only(folder / "flux1-dev.safetensors", shapes), "model.transformer")
     stream, dtype = part.stream(part.file.outline()), getattr(torch, config.dtype)
-    if config.frozen_memory == "8bit":
-        return fill_8bit(part.empty(), stream, dtype, "meta", part.file, BLOCKS)
+    if config.frozen_memory != "full":
+        return fill_compressed(part.empty(), stream, dtype, "meta", part.file, BLOCKS, config.frozen_memory)
     return fill(part.empty(), stream, dtype, "meta", part.file)
 
 

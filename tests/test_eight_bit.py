@@ -17,7 +17,8 @@ from srpo_core.config import ConfigError, ModelConfig
 from srpo_core.export import export_run
 from srpo_core.models import load_model
 from srpo_core.models.flux import load_flow
-from srpo_core.weights.eight_bit import put_weight, to_rows
+from srpo_core.weights.compressed import put_weight
+from srpo_core.weights.eight_bit import to_rows
 
 folder = runs.folder  # the fixture
 

@@ -183,7 +183,7 @@ def test_running_out_of_memory_says_what_to_try(tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer.learner.autoencoder.decode = full
-    with pytest.raises(TrainingError, match=r"step 1: out of memory; try model.recompute=true.*lora.rank"):
+    with pytest.raises(TrainingError, match=r"step 1: out of memory; try model.recompute=auto.*lora.rank"):
         trainer.train()
 
 
@@ -200,7 +200,7 @@ def out_of_memory(*_, **__):
         ),
         ("tiny.encode_text", r"encoding prompts: out of memory; try model.t5_memory"),
         ("tiny.load_reward", r"loading the models: out of memory"),
-        ("srpo_core.trainer.rollout", r"the first rollout, before training: out of memory; try model.recompute=true"),
+        ("srpo_core.trainer.rollout", r"the first rollout, before training: out of memory; try model.recompute=auto"),
         ("srpo_core.preview.rollout", r"evaluation before training: out of memory; .*output.evaluate_prompts=0"),
     ],
 )

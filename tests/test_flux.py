@@ -181,11 +181,13 @@ def test_recomputed_decode_gives_the_same_image_and_gradient_and_keeps_less(buil
 
 @pytest.mark.parametrize("build", [tiny_vae, tiny_taesd])
 def test_blocks_are_recomputed_one_at_a_time(build):
-    """The backward pass asks for the last block first, so whole-decoder recomputation would show as forward order."""
+    """The backward pass asks for the last piece first, so whole-decoder recomputation would show as forward order."""
     autoencoder, order = ImageAutoencoder(build()), []
     images = autoencoder.decode(random_latents().requires_grad_())
     decoder = autoencoder.module.decoder
-    blocks = decoder.layers if hasattr(decoder, "layers") else [decoder.mid_block, *decoder.up_blocks]
+    blocks = decoder.layers if hasattr(decoder, "layers") else [decoder.mid_block]
+    for up in getattr(decoder, "up_blocks", ()):
+        blocks += [*up.resnets, *(up.upsamplers or ())]
     for i, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda *_, i=i: order.append(i))
     images.sum().backward()

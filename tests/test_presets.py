@@ -10,14 +10,14 @@ from full_size import DOUBLE, PARAMETERS, POOLED, SINGLE, TEXT, WIDTH, autoencod
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-from srpo_core import learner as learner_module
 from srpo_core.align import training_levels
 from srpo_core.assemble import _cast, _prepare, assemble
 from srpo_core.checks import Inputs, check_fit
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run, preset_names
+from srpo_core.finite import FiniteChecks
 from srpo_core.interfaces import PromptBatch
-from srpo_core.learner import Learner, Parts, _Tally
+from srpo_core.learner import Learner, Parts
 from srpo_core.models.flux import FluxFlow, ImageAutoencoder
 from srpo_core.parallel import World
 from srpo_core.photos import find_photos
@@ -26,10 +26,15 @@ from srpo_core.prompts import PromptSequence
 from srpo_core.rewards.clip import ClipReward, OpenClip, TransformersClip
 from srpo_core.rewards.clip_files import new_open_clip
 from srpo_core.rewards.mixture import WeightedReward
+from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData, photo_batches, photo_sizes
 
-FULL = ("flux-dev", "flux-dev-pickscore")
-LORA = ("flux-dev-lora", "flux-dev-lora-24gb", "flux-dev-photos")
+FULL = ("flux-dev", "flux-dev-exact", "flux-dev-pickscore")
+LORA = ("flux-dev-lora", "flux-dev-lora-24gb", "flux-dev-lora-16gb", "flux-dev-photos")
+NARROW = ("flux-dev", "flux-dev-pickscore")
+"""Those that hold trained weights and moments in fewer bits."""
+SMALL = {"flux-dev-lora-24gb": "8bit", "flux-dev-lora-16gb": "4bit"}
+"""Those for smaller cards: how the frozen matrices are held."""
 
 
 def test_the_presets_are_all_here():
@@ -75,9 +80,12 @@ def test_words_ramps_and_optimizer_are_those_of_the_recipe(preset):
     assert (optim.betas, optim.weight_decay, optim.max_grad_norm) == ((0.9, 0.999), 1e-4, 0.1)
     assert optim.accumulation * config.data.batch_size == 32
     assert optim.lr == (5e-6 if preset in FULL else 5e-5) and optim.schedule == "constant"
-    assert (config.model.family, config.model.dtype, config.model.recompute) == ("flux", "bfloat16", True)
-    memory = "8bit" if preset.endswith("24gb") else "full"
-    assert (config.model.t5_memory, config.model.frozen_memory) == (memory, memory)
+    assert (config.model.family, config.model.dtype) == ("flux", "bfloat16")
+    t5_memory = "8bit" if preset in SMALL else "full"
+    assert (config.model.t5_memory, config.model.frozen_memory) == (t5_memory, SMALL.get(preset, "full"))
+    held = config.model.recompute, config.model.trained_memory, config.optim.states
+    assert held == (("auto", "bfloat16", "8bit") if preset in NARROW else (True, "float32", "float32"))
+    assert config.reward.dtype == ("bfloat16" if preset.endswith("16gb") else "float32")
     assert (config.data.bucket_step, config.data.photo_share) == (48 if preset.endswith("photos") else 0, 1.0)
     assert (config.data.height, config.data.width) == (720, 720)
 
@@ -108,18 +116,26 @@ def built(
     footprint = check_fit(config, flow, Inputs([], None), torch.device("cpu"))
     lora = _prepare(config, flow, None)
     assert footprint.trained == sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert footprint.checkpoint_bytes(config) == 3 * 4 * footprint.trained
+    each = 2 + 2 + 2 * 4 / 256 if preset in NARROW else 3 * 4
+    assert footprint.checkpoint_bytes(config) == round(each * footprint.trained)
     assert footprint.frozen == sum(p.numel() for p in module.parameters() if not p.requires_grad)
     return config, flow, lora
 
 
 @pytest.mark.parametrize("preset", FULL)
-def test_all_weights_are_trained_in_float32(preset, tmp_path):
+def test_all_weights_are_trained(preset, tmp_path):
     _, flow, lora = built(preset, tmp_path)
     trained = [parameter for parameter in flow.module.parameters() if parameter.requires_grad]
     assert lora is None and len(trained) == len(list(flow.module.parameters()))
     assert sum(parameter.numel() for parameter in trained) == PARAMETERS
-    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert {parameter.dtype for parameter in trained} == {torch.bfloat16 if preset in NARROW else torch.float32}
+
+
+def test_all_but_how_things_are_held_is_the_exact_recipe():
+    fitted, exact = (load_run(name).model_dump() for name in ("flux-dev", "flux-dev-exact"))
+    differ = {f"{section}.{name}" for section in fitted if isinstance(fitted[section], dict)
+              for name, value in fitted[section].items() if value != exact[section][name]}  # fmt: skip
+    assert differ == {"model.trained_memory", "model.recompute", "optim.states", "output.dir"}
 
 
 def lora_size(rank: int, mlp: bool) -> int:
@@ -141,20 +157,21 @@ def matrices_of_blocks() -> int:
 @pytest.mark.parametrize("preset", LORA)
 def test_a_lora_is_trained_beside_frozen_weights(preset, tmp_path):
     config, flow, lora = built(preset, tmp_path)
-    attention_only = preset == "flux-dev-lora-24gb"
+    attention_only = preset in SMALL
     named = dict(flow.module.named_parameters())
     trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     layers = DOUBLE * (8 if attention_only else 12) + SINGLE * (3 if attention_only else 5)
     assert len(trained) == 2 * layers and all(".lora_" in name for name in trained)
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     frozen = [parameter for parameter in named.values() if not parameter.requires_grad]
-    assert sum(parameter.numel() for parameter in frozen) == PARAMETERS
-    in_8_bits = sum(parameter.numel() for parameter in frozen if parameter.dtype == torch.int8)
-    assert {parameter.dtype for parameter in frozen} == {torch.bfloat16} | ({torch.int8} if in_8_bits else set())
-    assert in_8_bits == (matrices_of_blocks() if config.model.frozen_memory == "8bit" else 0)
+    codes, each = {"8bit": (torch.int8, 1), "4bit": (torch.uint8, 2)}.get(SMALL.get(preset), (None, 1))
+    compressed = each * sum(parameter.numel() for parameter in frozen if parameter.dtype == codes)
+    plain = sum(parameter.numel() for parameter in frozen if parameter.dtype == torch.bfloat16)
+    assert compressed + plain == PARAMETERS
+    assert compressed == (matrices_of_blocks() if preset in SMALL else 0)
     size = sum(parameter.numel() for parameter in trained.values())
     assert size == lora_size(config.lora.rank, not attention_only)
-    assert size == {"flux-dev-lora-24gb": 26_148_864}.get(preset, 130_744_320)
+    assert size == (26_148_864 if preset in SMALL else 130_744_320)
     assert lora == {"rank": config.lora.rank, "alpha": config.lora.rank, "targets": lora["targets"]}
 
 
@@ -216,10 +233,10 @@ def data_of(config: RunConfig, folder: Path) -> TrainingData:
 @pytest.mark.filterwarnings("ignore:.*AutoencoderKL.*")
 @pytest.mark.parametrize(
     ("preset", "double", "single"),
-    [("flux-dev", DOUBLE, SINGLE), *((name, 1, 1) for name in ("flux-dev-pickscore", *LORA))],
+    [("flux-dev-exact", DOUBLE, SINGLE), *((name, 1, 1) for name in (*NARROW, *LORA))],
 )
 def test_a_step_goes_through_at_full_width(preset, double, single, tmp_path, monkeypatch):
-    """Rollout or photos, both branches, decoding, reward, backward pass and optimizer; flux-dev at full depth too."""
+    """Rollout or photos, both branches, decoding, reward, backward pass and optimizer; one of them at full depth."""
     models, photos = tmp_path / "models", tmp_path / "photos"
     models.mkdir(), photos.mkdir()
     config, flow, lora = built(preset, models, double, single)
@@ -229,10 +246,10 @@ def test_a_step_goes_through_at_full_width(preset, double, single, tmp_path, mon
     words = ControlWords(config.reward.liked, config.reward.disliked)
     data = data_of(config, photos)
     parts = Parts(flow, ImageAutoencoder(pretend(vae)), [reward_of(config)], words, data, PromptBatch(()), lora=lora)
-    monkeypatch.setattr(learner_module, "_require_finite", lambda *_: None)  # a shape has no value
+    monkeypatch.setattr(FiniteChecks, "require", lambda _: None)  # a shape has no value
     learner = Learner(config, World(0, 1, torch.device("cpu")), parts)
     expected = data.at(0, 0, 1)
-    clean, tally = learner._rollout(1, 0), _Tally(parts.rewards)
+    clean, tally = learner._rollout(1, 0), Tally(parts.rewards)
     assert clean.clean.shape == (1, 16, expected.height // 8, expected.width // 8)
     assert clean.clean.dtype == clean.noise.dtype == torch.float32
     for branch, align_step in learner._align_steps(1, 0, 0):
@@ -242,12 +259,15 @@ def test_a_step_goes_through_at_full_width(preset, double, single, tmp_path, mon
     for name, parameter in flow.module.named_parameters():
         gradient = parameter.grad
         assert (gradient is not None) == (name in learner.trained), name
-        assert gradient is None or (gradient.shape == parameter.shape and gradient.dtype == torch.float32)
-    grad_norm, lr = learner._update(1)
+        assert gradient is None or (gradient.shape == parameter.shape and gradient.dtype == parameter.dtype)
+    grad_norm, lr = learner._update(1, FiniteChecks())
     assert grad_norm.shape == () and lr == config.optim.lr
     state = learner.optimizer.state
     assert len(state) == len(learner.trained)
-    assert all(state[p]["exp_avg"].shape == state[p]["exp_avg_sq"].shape == p.shape for p in learner.trained.values())
+    for parameter in learner.trained.values():
+        first = state[parameter].get("exp_avg_codes", state[parameter].get("exp_avg"))
+        second = state[parameter].get("exp_avg_sq_codes", state[parameter].get("exp_avg_sq"))
+        assert first.numel() == second.numel() == parameter.numel()
 
 
 def test_every_size_of_the_photos_preset_suits_the_model(tmp_path):

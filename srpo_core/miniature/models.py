@@ -17,9 +17,10 @@ from transformers import CLIPConfig, CLIPModel
 
 from srpo_core.config import ConfigError, ModelConfig, RewardConfig
 from srpo_core.interfaces import Components, Measure, PromptBatch
-from srpo_core.models.flux import DTYPES, FluxFlow, ImageAutoencoder, load_module
+from srpo_core.models.flux import BLOCKS, DTYPES, FluxFlow, ImageAutoencoder, load_module
 from srpo_core.models.flux_files import autoencoder_at, transformer_at
 from srpo_core.rewards.clip import ClipReward, TransformersClip
+from srpo_core.weights.compressed import fill_compressed
 
 from . import WEIGHTS
 from .captions import MAX_TOKENS, VOCABULARY, random_scenes, tokenize
@@ -113,7 +114,14 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
     """
     folder = WEIGHTS if config.path is None else Path(config.path)
     setting = "model.transformer" if config.transformer else SHIPPED
-    transformer = transformer_at(config.transformer or folder / "transformer", setting).load(torch.float32, device)
+    part = transformer_at(config.transformer or folder / "transformer", setting)
+    if config.frozen_memory == "full":
+        transformer = part.load(torch.float32, device)
+    else:
+        held = config.frozen_memory
+        transformer = fill_compressed(
+            part.empty(), part.stream(), DTYPES[config.dtype], device, part.file, BLOCKS, held
+        )
     setting = "model.autoencoder" if config.autoencoder else SHIPPED
     vae = autoencoder_at(config.autoencoder or folder / "vae", setting).load(torch.float32, device)
     if config.recompute:

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from srpo_core.attention import Attention
 from srpo_core.config import ConfigError, ModelConfig
 from srpo_core.flow import Level, per_sample
 from srpo_core.interfaces import Components, PromptBatch
+from srpo_core.keeping import recompute_blocks
 from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
 from srpo_core.models.flux_prompts import EVAL_PROMPTS
 from srpo_core.models.flux_text import MAX_TOKENS, FluxTextEncoder, TextFiles, find_text, text_outline
 from srpo_core.parallel import World
-from srpo_core.weights.eight_bit import fill_8bit
+from srpo_core.weights.compressed import fill_compressed
 from srpo_core.weights.loading import Stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
               "attn.add_v_proj", "attn.to_add_out")  # fmt: skip
 BLOCKS = r"(single_)?transformer_blocks\..+"
-"""Where the layers are that may be held in 8 bits: all but the first and last ones."""
+"""Where the layers are that model.frozen_memory is about: all but the first and last ones."""
 _MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
 
 
@@ -78,13 +80,14 @@ class FluxFlow:
         self.module = module
         self.downscale = downscale
         self.dtype = dtype
+        self.attention = Attention()
 
     def velocity(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, guidance: Level) -> Tensor:
         """latents [B, C, h, w] at levels sigma [B] -> the predicted noise - clean [B, C, h, w], float32."""
         height, width = latents.shape[-2:]
         embeds, pooled = prompts.embeds["prompt_embeds"], prompts.embeds["pooled_prompt_embeds"]
         guides = per_sample(guidance, latents) if self.module.config.guidance_embeds else None
-        with _autocast(latents.device, self.dtype), self._unrounded(sigma, guides):
+        with _autocast(latents.device, self.dtype), self.attention.here(), self._unrounded(sigma, guides):
             tokens = self.module(
                 hidden_states=pack(latents.float()),
                 encoder_hidden_states=embeds.float(),
@@ -130,25 +133,18 @@ class FluxFlow:
         share_tokens(self.module, world)
 
 
-def _checkpoint_blocks(function: nn.Module | Callable[..., Any], *args: Any) -> Any:
-    """Recompute a module in the backward pass, a chain of layers layer by layer."""
-    if isinstance(function, nn.Sequential):
-        (hidden,) = args
-        for layer in function:
-            hidden = checkpoint(layer, hidden, use_reentrant=False)
-        return hidden
-    return checkpoint(function, *args, use_reentrant=False)
-
-
 class ImageAutoencoder:
     """A frozen `AutoencoderKL` or `AutoencoderTiny` as an Autoencoder, in the flow model's scaled latents."""
 
-    def __init__(self, module: AutoencoderKL | AutoencoderTiny, recompute: bool = True) -> None:
+    block_types: tuple[type[nn.Module], ...] = (ResnetBlock2D,)
+    """What is worth compiling: chains of norms and convolutions."""
+
+    def __init__(self, module: AutoencoderKL | AutoencoderTiny, recompute: bool | str = True) -> None:
         self.module = module.requires_grad_(False).eval()
         self.scale = float(module.config.scaling_factor)
         self.shift = float(getattr(module.config, "shift_factor", None) or 0.0)
         if recompute:
-            module.enable_gradient_checkpointing(_checkpoint_blocks)
+            module.enable_gradient_checkpointing(recompute_blocks)
 
     def _dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype
@@ -261,8 +257,9 @@ def _flow(
     downscale: int = 8,
 ) -> FluxFlow:
     dtype = DTYPES[config.dtype]
-    if config.frozen_memory == "8bit" and not full_precision:
-        module = fill_8bit(part.empty(), part.stream(), dtype, device, part.file, BLOCKS)
+    if config.frozen_memory != "full" and not full_precision:
+        memory = config.frozen_memory
+        module = fill_compressed(part.empty(), part.stream(), dtype, device, part.file, BLOCKS, memory)
     else:
         module = part.load(torch.float32 if full_precision else dtype, device)
     return _with_recompute(module, config, downscale)

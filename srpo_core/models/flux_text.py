@@ -22,7 +22,7 @@ from srpo_core.interfaces import PromptBatch
 from srpo_core.models.flux_tokenizers import find_tokenizers, load_tokenizer, tokenizer_files
 from srpo_core.places import find
 from srpo_core.weights import text_names
-from srpo_core.weights.eight_bit import fill_8bit
+from srpo_core.weights.compressed import fill_compressed
 from srpo_core.weights.loading import check, empty_parameters, fill
 from srpo_core.weights.tensors import TensorFile, open_tensors
 
@@ -160,7 +160,7 @@ class FluxTextEncoder:
         """The `T5EncoderModel`, held as `t5_memory` says."""
         module, stream = _empty_t5(self.files), text_names.t5_stream(self.files.t5)
         if self.t5_memory == "8bit":
-            return fill_8bit(module, stream, self.dtype, self.device, self.files.t5)
+            return fill_compressed(module, stream, self.dtype, self.device, self.files.t5)
         if self.t5_memory == "offload" and self.device.type != "cpu":
             from accelerate import cpu_offload
 

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from srpo_core.config import ConfigError, RewardConfig, nearest
+from srpo_core.config import ConfigError, MoreReward, RewardConfig, nearest
 from srpo_core.errors import blamed_on
 from srpo_core.interfaces import Reward
 from srpo_core.registry import resolve
@@ -50,10 +50,24 @@ def load_rewards(config: RewardConfig, device: torch.device | str) -> list[Weigh
         load = resolve(REWARDS, "reward", one.name)
         with blamed_on(f"loading the reward (reward.name={one.name!r})"):
             reward = load(one, device)
+        if one.dtype != "float32":
+            narrow(reward, one)
         label = re.split(r"[\\/]", one.name)[-1]  # of a user's own file.py:function, without its folders
         name = numbered(label, rewards)
         rewards.append(WeightedReward(name, reward, one.weight, one.margin, one.scale, one.offset))
     return rewards
+
+
+def narrow(reward: Reward, config: RewardConfig | MoreReward) -> None:
+    """Hold and compute a reward of the CLIP kind in `config.dtype`. ConfigError for other kinds."""
+    from .clip import ClipReward
+
+    if not isinstance(reward, ClipReward):
+        raise ConfigError(
+            f"reward.dtype={config.dtype!r}: {config.name} is computed in float32; rewards that can do so otherwise are"
+            " hpsv2, pickscore and clip"
+        )
+    reward.module.to(getattr(torch, config.dtype))
 
 
 def load_reward(config: RewardConfig, device: torch.device | str) -> Reward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+KEPT_TEXTS = 4096
+"""Texts whose features a reward keeps: 4 kB each, at most."""
 
 
 class Clip(Protocol):
@@ -63,7 +66,8 @@ class TransformersClip:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        tokens = {name: tensor.to(self.module.device) for name, tensor in self.tokenize(texts).items()}
+        device = self.module.device
+        tokens = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tokenize(texts).items()}
         return _tensor(self.module.get_text_features(**tokens))
 
 
@@ -92,7 +96,13 @@ class OpenClip:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        return self.module.encode_text(self.tokenize(list(texts)).to(self.module.logit_scale.device))
+        tokens = self.tokenize(list(texts)).to(self.module.logit_scale.device, non_blocking=True)
+        return self.module.encode_text(tokens)
+
+
+def _wide(features: Tensor) -> Tensor:
+    """In float32 at least: in bfloat16 scores would come in steps of 0.001."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 class ClipReward:
@@ -101,15 +111,30 @@ class ClipReward:
     def __init__(self, clip: Clip, fit: Fit = "crop", scale: float = 1.0) -> None:
         self.clip, self.fit, self.scale = clip, fit, scale
         self.module = clip.module
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] and n * B prompts -> [n * B]; prompt i belongs to image i % B."""
         if not len(images) or len(prompts) % len(images):
             raise ValueError(f"{len(prompts)} prompts don't divide among {len(images)} images")
-        image = F.normalize(self.clip.image_features(images, self.fit), dim=-1)
-        texts = {text: i for i, text in enumerate(dict.fromkeys(prompts))}  # the same one for many pictures is common
-        text = F.normalize(self.clip.text_features(list(texts)), dim=-1)[[texts[prompt] for prompt in prompts]]
+        image = F.normalize(_wide(self.clip.image_features(images, self.fit)), dim=-1)
+        text = torch.stack(self._directions(prompts, image))
         return (image.repeat(len(prompts) // len(images), 1) * text).sum(-1) * self.scale
+
+    def _directions(self, texts: Sequence[str], like: Tensor) -> list[Tensor]:
+        """Each text's features [D] of length 1, where `like` is; what was asked for lately is kept."""
+        kept = self._texts
+        if kept and next(iter(kept.values())).device != like.device:
+            kept.clear()  # the model was moved
+        new = [text for text in dict.fromkeys(texts) if text not in kept]
+        if new:
+            kept.update(zip(new, F.normalize(_wide(self.clip.text_features(new)), dim=-1).unbind(), strict=True))
+        found = {text: kept[text] for text in dict.fromkeys(texts)}
+        for text in found:
+            kept.move_to_end(text)
+        while len(kept) > KEPT_TEXTS:
+            kept.popitem(last=False)
+        return [found[text] for text in texts]
 
 
 def check(config: RewardConfig | MoreReward) -> None:

@@ -6,9 +6,11 @@ round to 8 bits, and it may leave [0, 1] a little beside sharp edges, where PIL 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,7 +43,15 @@ def square(images: Tensor, size: int, fit: Fit) -> Tensor:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel."""
-    return (images - images.new_tensor(mean).view(-1, 1, 1)) / images.new_tensor(std).view(-1, 1, 1)
+    shift, width = (_channels(tuple(values), images.device, images.dtype) for values in (mean, std))
+    return (images - shift) / width
+
+
+@functools.lru_cache(maxsize=64)
+def _channels(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number for each channel [C, 1, 1], kept: bringing it to a GPU would have the host wait each time."""
+    with torch.inference_mode(False):  # for use with gradient too
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 def _resize(images: Tensor, height: int, width: int) -> Tensor:

@@ -1,0 +1,301 @@
+"""How fast a training step is on this GPU, with FLUX.1-dev's shapes and the published recipe, setting by setting.
+
+    PYTHONPATH=. python scripts/bench_step.py --out bench_step.json [--seconds 540] [--rows NAME ...]
+    PYTHONPATH=. python scripts/bench_step.py --row "mine: model.compile=true data.batch_size=2" --profile step.txt
+
+Needs no files: transformer, autoencoder, HPS v2's ViT-H-14 and prompts are random numbers made on the device. Each row
+is a real learner in a process of its own; times are medians of the steps after the first ones, by the device's clock.
+Rows are written to --out as they come, and none is begun that can't end within --seconds. `--tiny` shrinks the models,
+to try the script on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from bench_memory import RandomFlux, gib, numbers
+
+from srpo_core.assemble import _prepare
+from srpo_core.config import RunConfig
+from srpo_core.description import load_run
+from srpo_core.devices import make_world
+from srpo_core.duration import count_work, matmul_rate
+from srpo_core.flow import shifted_sigmas
+from srpo_core.learner import Learner, Parts
+from srpo_core.metrics import Clock
+from srpo_core.parallel import World
+from srpo_core.preference import ControlWords
+from srpo_core.prompts import prompt_sequence
+from srpo_core.rewards.clip import ClipReward, OpenClip
+from srpo_core.rewards.clip_files import new_open_clip
+from srpo_core.rewards.mixture import WeightedReward
+from srpo_core.rollout import rollout
+from srpo_core.rollout_copy import RolloutCopy
+from srpo_core.speed import speed_up
+from srpo_core.training_data import TrainingData
+from srpo_core.weights.fp8_linear import scaled_product, to_fp8_rows
+from srpo_core.weights.loading import fill
+
+KEPT = "model.recompute=false"
+SMALL = "model.trained_memory=bfloat16 optim.states=8bit"
+COMPILED = f"model.compile=true {KEPT} {SMALL}"
+FAST = f"{COMPILED} rollout.precision=fp8"
+LORA = "lora.rank=32 model.trained_memory=float32 optim.states=float32"
+ROWS = {
+    "exact, eager": f"model.attention=native {SMALL}",
+    "eager, kept activations": f"{KEPT} {SMALL}",
+    "compiled": COMPILED,
+    "compiled, fp8 rollout": FAST,
+    "compiled, fp8 rollout, 15 calls": f"{FAST} rollout.calls=15",
+    "compiled, fp8 rollout, 12 calls": f"{FAST} rollout.calls=12",
+    "compiled, recomputed, fp8 rollout, 15 calls": f"{FAST} model.recompute=true rollout.calls=15",
+    "LoRA, compiled, fp8 rollout": f"{FAST} {LORA}",
+    "LoRA, compiled, fp8 rollout, batch 4": f"{FAST} {LORA} data.batch_size=4",
+    "LoRA, compiled, recomputed, fp8 rollout, batch 8": f"{FAST} {LORA} model.recompute=true data.batch_size=8",
+    "compiled, recomputed, fp8 rollout, batch 4": f"{FAST} model.recompute=true data.batch_size=4",
+    "4 micro-batches, rolled out together": f"{FAST} model.recompute=true optim.accumulation=4 rollout.at_once=4",
+}
+"""By name: settings on top of the published recipe at batch 1."""
+TINY = "data.height=64 data.width=64"
+WARM_UP, MEASURED = 2, 4
+USUAL = 150.0
+"""Seconds that a row is expected to take until one has been seen."""
+FP8_SIDE = {"cuda": 8192, "cpu": 256}
+
+
+def describe(settings: str, tiny: bool) -> RunConfig:
+    """The run of a row: the published recipe with its settings."""
+    base = ["model.family=bench_memory:load", "data.prompts=builtin", "optim.accumulation=1", "reward.name=hpsv2"]
+    base += [f"optim.steps={WARM_UP + MEASURED + 2}", "output.dir=unused"]
+    return load_run("flux-dev-exact", [*base, *settings.split(), *(TINY.split() if tiny else [])])
+
+
+def build(config: RunConfig, tiny: bool) -> tuple[RandomFlux, Parts, Learner]:
+    """Random parts and a learner of them."""
+    world = make_world(config.parallel)
+    components = RandomFlux(config.model, world.device, *(((1, 1), 2) if tiny else ((19, 38), 24)))
+    components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
+    flow = components.flow
+    _prepare(config, flow, None)
+    words = ControlWords(config.reward.liked, config.reward.disliked)
+    data = TrainingData(config.seed, (config.data.height, config.data.width), config.data.batch_size)
+    length = config.optim.steps * config.optim.accumulation * config.data.batch_size
+    texts = components.prompts["train"]
+    data = TrainingData(
+        data.seed, data.size, data.batch_size, prompt_sequence(components.text_encoder, texts, 0, length)
+    )
+    reward = WeightedReward("hpsv2", random_reward(world.device, tiny), margin=config.reward.margin)
+    held_out = components.text_encoder(components.prompts["eval"][:1])
+    parts = Parts(flow, components.autoencoder, [reward], words, data, held_out)
+    for note in speed_up(config, parts, world.device, lambda text: print(f"# {text}", flush=True)):
+        print(f"# {note}", flush=True)
+    return components, parts, Learner(config, world, parts)
+
+
+def random_reward(device: torch.device, tiny: bool) -> ClipReward:
+    """HPS v2's shapes with random weights."""
+    from open_clip import get_model_config
+
+    model = new_open_clip(get_model_config("ViT-B-32" if tiny else "ViT-H-14"), quick_gelu=False)
+    return ClipReward(OpenClip(fill(model, numbers(model, device), torch.float32, device, "random weights")))
+
+
+def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, object]:
+    """A row: seconds by phase, memory, rates, and how far its rollouts are from the exact ones."""
+    start = time.perf_counter()
+    components, parts, learner = build(config, tiny)
+    device, row = learner.world.device, {}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        row["built_gib"] = gib(torch.cuda.memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+    row["build_seconds"] = round(time.perf_counter() - start, 1)
+    start, steps = time.perf_counter(), []
+    for number in range(1, WARM_UP + MEASURED + 1):
+        if number == WARM_UP + 1:
+            row["warm_up_seconds"] = round(time.perf_counter() - start, 1)
+        clock = Clock(learner.world.synchronize, device)
+        metrics = learner.step(number, clock)
+        steps.append(clock.seconds | {"step": clock.total()})
+        told = {name: round(value, 3) for name, value in steps[-1].items()}
+        print(f"# step {number}: {told} loss {metrics.loss:.6f} gradient {metrics.grad_norm:.6f}", flush=True)
+    row["first_step_seconds"] = round(steps[0]["step"], 1)
+    measured = steps[WARM_UP:]
+    seconds = {name: statistics.median(step[name] for step in measured) for name in measured[0]}
+    row["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
+    row["loss"], row["grad_norm"] = metrics.loss, metrics.grad_norm
+    pictures = config.data.batch_size * config.optim.accumulation
+    row["seconds_per_picture"] = round(seconds["step"] / pictures, 4)
+    if device.type == "cuda":
+        row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
+        row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
+    row |= rates(config, components, seconds["step"], device)
+    if parts.rollout_copy is not None:
+        row["seconds_of_codes"] = round(codes_seconds(parts.rollout_copy, learner.world), 4)
+    if profile is not None:
+        profile.write_text(profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), device))
+    row["rollout_error"] = rollout_error(config, parts, learner)
+    return row
+
+
+def rates(config: RunConfig, components: RandomFlux, step: float, device: torch.device) -> dict[str, object]:
+    """Operations of a step that the recipe needs (recomputing isn't counted), their rate, and the ceilings of today.
+
+    The floor is what a step would take if all were matrix products at the ceilings. The reward is left out (0.3 %).
+    """
+    work, pictures = count_work(config, components), config.data.batch_size * config.optim.accumulation
+    calls = config.rollout.calls or config.rollout.num_steps
+    rolled = pictures * calls * work.forward
+    passes = 3 if not config.lora.rank else 2  # back to weights and inputs, or to inputs alone
+    aligned = pictures * len(config.align.branches) * (passes * work.forward + 2 * work.decode)
+    bf16, fp8 = matmul_rate(device, torch.bfloat16), fp8_rate(device)
+    floor = rolled / (fp8 if config.rollout.precision == "fp8" else bf16) + aligned / bf16
+    return {
+        "tflop": round((rolled + aligned) / 1e12, 1),
+        "tflop_per_second": round((rolled + aligned) / step / 1e12, 1),
+        "ceilings_tflop_per_second": {"bf16": round(bf16 / 1e12), "fp8 by rows": round(fp8 / 1e12)},
+        "floor_seconds": round(floor, 3),
+        "share_of_ceiling": round(floor / step, 3),
+    }
+
+
+def fp8_rate(device: torch.device) -> float:
+    """Operations a second of a large product in fp8 with a scale for each row; that of bfloat16 where there is none."""
+    side = FP8_SIDE[device.type]
+    matrix = torch.randn(side, side, device=device)
+    codes, scale = to_fp8_rows(matrix)
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            result = scaled_product(codes, scale, codes, scale)
+        float(result[0, 0])
+        return (time.perf_counter() - start) / count
+
+    try:
+        seconds(3)
+        return 2 * side**3 / min(seconds(20 if device.type == "cuda" else 1) for _ in range(3))
+    except RuntimeError:
+        return matmul_rate(device, torch.bfloat16)
+
+
+def rollout_error(config: RunConfig, parts: Parts, learner: Learner) -> dict[str, float]:
+    """How far the row's rollouts are from the exact ones (every call, model.dtype, nothing compiled), as latents."""
+    ours = learner._rollout(1, 0)
+    compiled = {}
+    for module in parts.flow.module.modules():
+        if "forward" in vars(module):
+            compiled[module] = vars(module).pop("forward")
+    sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
+    exact = rollout(parts.flow, ours.prompts, ours.noise, sigmas, config.rollout.guidance)
+    for module, call in compiled.items():
+        module.forward = call
+    moved = (exact.clean - exact.noise).norm()
+    difference = (ours.clean - exact.clean).norm()
+    return {
+        "relative_latents": float(f"{float(difference / exact.clean.norm()):.3g}"),
+        "relative_to_the_way": float(f"{float(difference / moved):.3g}"),
+    }
+
+
+def codes_seconds(twin: RolloutCopy, world: World) -> float:
+    """What making the codes of a copy takes, a part of the rollout's time."""
+    clock = Clock(world.synchronize, world.device)
+    with clock.phase("codes"), twin.filled():
+        pass
+    return clock.seconds["codes"]
+
+
+def profiled(step: Callable[[], object], device: torch.device) -> str:
+    """A table of what one step spends its time on."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as prof:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return prof.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=90)
+
+
+def child(args: argparse.Namespace) -> None:
+    """Measure one row and print it as JSON, last of all."""
+    config = describe(args.one, args.tiny)
+    try:
+        row = measure(config, args.tiny, args.profile)
+    except Exception as error:
+        row = {"error": f"{type(error).__name__}: {error}"[:1500]}
+        if torch.cuda.is_available():
+            row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
+    print("ROW " + json.dumps({"settings": args.one, **row}), flush=True)
+
+
+def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]:
+    """Each row as its process ends."""
+    wanted = {name: ROWS[name] for name in args.rows} if args.rows else {} if args.row else ROWS
+    wanted |= dict(row.split(": ", 1) for row in args.row)
+    began, longest = time.perf_counter(), 0.0
+    for name, settings in wanted.items():
+        left = args.seconds - (time.perf_counter() - began)
+        if left < (longest or min(USUAL, args.seconds)):
+            print(f"no time left for: {name}", flush=True)
+            continue
+        start = time.perf_counter()
+        command = [sys.executable, __file__, "--one", settings, *(["--tiny"] if args.tiny else [])]
+        command += ["--profile", str(args.profile)] if args.profile else []
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+            lines, errors = done.stdout.splitlines(), done.stderr
+        except subprocess.TimeoutExpired as stopped:
+            lines, errors = (stopped.stdout or b"").decode().splitlines(), "stopped: no time left"
+        longest = max(longest, time.perf_counter() - start)
+        found = [line for line in lines if line.startswith("ROW ")]
+        row = json.loads(found[-1][4:]) if found else {"settings": settings, "error": errors[-3000:]}
+        row["said"] = [line[2:] for line in lines if line.startswith("# ")]
+        row["warned"] = [line[:300] for line in errors.splitlines() if line.strip()][-20:]
+        yield name, row | {"seconds_of_the_process": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    """Measure the rows, one by one."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), help="which of the script's rows; all")
+    parser.add_argument("--row", action="append", default=[], help='a row of your own, "name: key=value key=value"')
+    parser.add_argument("--seconds", type=float, default=3600.0, help="no row is begun that can't end by then")
+    parser.add_argument("--profile", type=Path, help="file for a table of what a step spends its time on")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        child(args)
+        return
+    cuda = torch.cuda.is_available()
+    machine = {
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": "PYTHONPATH=. python scripts/bench_step.py --out bench_step.json",
+    }
+    rows: dict[str, object] = {}
+    for name, row in rows_of(args):
+        rows[name] = row
+        keys = ("seconds", "seconds_per_picture", "warm_up_seconds", "peak_gib", "reserved_gib", "tflop_per_second",
+                "share_of_ceiling", "rollout_error", "error")  # fmt: skip
+        print(f"{name}: {json.dumps({key: row[key] for key in keys if key in row})}", flush=True)
+        if args.out is not None:
+            args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What makes a run faster, put on its parts in the order in which one builds on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from srpo_core.attention import choose_attention
+from srpo_core.compiling import WARNING, Compiler, make_compiler
+from srpo_core.config import RunConfig
+from srpo_core.interfaces import Autoencoder
+from srpo_core.learner import Parts
+from srpo_core.rollout_copy import RolloutCopy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Callable[[str], None]) -> list[str]:
+    """Attention kernels, compiled blocks and the copy for rollouts, as the run's settings ask for them.
+
+    The flow is ready to be trained. Returns notes for the user; `report` is told of what can't be done later on.
+    ConfigError for what the device or the model can't do.
+    """
+    notes, flow = [], parts.flow
+    if hasattr(flow, "attention"):
+        prompts = parts.held_out.select(range(1)).to(device)
+        prompts = prompts.select([0] * config.data.batch_size)
+        latents = torch.zeros(len(prompts), *flow.latent_shape(config.data.height, config.data.width), device=device)
+        parts.attention, told = choose_attention(
+            config.model.attention, flow, prompts, latents, config.rollout.guidance
+        )
+        flow.attention = parts.attention
+        notes += [told] if told else []
+    compiler = None
+    if config.model.compile:
+        compiler = make_compiler(device, report, one_shape=config.data.photos is None or not config.data.bucket_step)
+        if compiler is not None:
+            compiler.blocks(flow.module, flow.block_types)
+            _compile_autoencoder(parts.autoencoder, compiler, device)
+            notes.append(WARNING)
+    if config.rollout.precision == "fp8":
+        parts.rollout_copy = RolloutCopy(flow, DTYPES[config.model.dtype], compiler)
+    return notes
+
+
+def _compile_autoencoder(autoencoder: Autoencoder, compiler: Compiler, device: torch.device) -> None:
+    """Compile its blocks, with channels innermost on a GPU, where convolutions would bring them there each time."""
+    if hasattr(autoencoder, "block_types"):
+        if device.type == "cuda":
+            autoencoder.module.to(memory_format=torch.channels_last)
+        compiler.blocks(autoencoder.module, autoencoder.block_types)
