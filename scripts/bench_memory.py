@@ -108,6 +108,12 @@ class RandomFlux(Components):
             module.enable_gradient_checkpointing()
         return FluxFlow(module, 8, dtype)
 
+    def empty_flow(self) -> tuple[FluxFlow, Iterator[tuple[str, Tensor]]]:
+        module = self._empty()
+        if self._config.recompute:
+            module.enable_gradient_checkpointing()
+        return FluxFlow(module, 8, DTYPES[self._config.dtype]), numbers(self._empty(), self._device)
+
     def _empty_autoencoder(self) -> nn.Module:
         from diffusers import AutoencoderKL
 

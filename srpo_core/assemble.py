@@ -86,16 +86,7 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     with display.during("loading the models"), enough_memory("loading the models", advice):
         rewards = load_rewards(config.reward, world.device)
         try_rewards(rewards, words, config.data.height, config.data.width, world.device)
-        components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
-        if world.keeps_step and config.parallel.strategy != "replicate":
-            flow = _sharded(config, components, world)
-        else:
-            flow = components.flow
-        lora = _prepare(config, flow, inputs.start)
-        if config.lora.rank:
-            move_whole(flow.module, world.device)
-        if world.context > 1:
-            flow.share_tokens(world)
+        flow, lora = trained_flow(config, components, world, inputs.start)
         autoencoder = components.autoencoder
     notes = photo_notes(inputs.photos, photo_sizes(config.data, inputs.photos))
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
@@ -165,6 +156,21 @@ def _encode(
         batches = photo_batches(photos, sizes, data.batch_size, config.seed, on_photos, in_order)
         train = replace(train, photos=batches)
     return train, encoded
+
+
+def trained_flow(
+    config: RunConfig, components: Components, world: World, start: Lora | None = None
+) -> tuple[TrainableFlow, dict[str, object] | None]:
+    """The flow as this process trains it, be it a part of one; and what state.json tells of its LoRA."""
+    components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
+    sharded = world.keeps_step and config.parallel.strategy != "replicate"
+    flow = _sharded(config, components, world) if sharded else components.flow
+    lora = _prepare(config, flow, start)
+    if lora is not None:
+        move_whole(flow.module, world.device)
+    if world.context > 1:
+        flow.share_tokens(world)
+    return flow, lora
 
 
 def _sharded(config: RunConfig, components: Components, world: World) -> TrainableFlow:
