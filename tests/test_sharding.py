@@ -16,16 +16,18 @@ from safetensors.torch import load_file
 from sharding_laws import STEPS
 from test_launch_several import gone, ranks_of
 from test_parallel import ENVIRONMENT, TESTS, train
-from tiny import tiny_config
+from tiny import tiny_config, tiny_flow
 from toy_run import SETTINGS
 
 from srpo_core import launch
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import checkpoint_folder, latest, read_tensors
+from srpo_core.checks import check_sharing
 from srpo_core.config import ConfigError, ParallelConfig
 from srpo_core.devices import training_world
 from srpo_core.export import export_run
 from srpo_core.metrics import read_metrics
+from srpo_core.models import load_model
 from srpo_core.run_state import read_state
 from srpo_core.sharded_checkpoint import open_saved
 from srpo_core.weights.tensors import WeightsError
@@ -142,3 +144,24 @@ def test_groups_that_processes_cannot_form(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"parallel\.context=2 with 3 processes"):
         training_world(ParallelConfig(device="cpu", context=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model__frozen_memory": "8bit", "lora__rank": 2}, r"model.frozen_memory='8bit' with parallel.strategy='shard'"),
+        ({"optim__states": "8bit"}, r"optim.states='8bit'.*set optim.states=float32 or parallel.strategy=replicate"),
+        ({"rollout__precision": "fp8"}, r"rollout.precision='fp8' with parallel.strategy='shard'"),
+        ({"parallel": {"offload": True}}, r"parallel.offload=True.*set parallel.strategy=shard"),
+        ({"parallel": {"gathered": "step", "strategy": "shard"}}, r"parallel.gathered='step'.*parallel.processes above 1"),
+        ({"parallel": {"context": 2}, "model__family": "toy_run:load"}, r"can't share a picture.*\(choices: 1\)"),
+        ({"parallel": {"context": 3}}, r"parallel.context=3: the model's 2 attention heads.*\(choices: 1, 2\)"),
+        ({"parallel": {"context": 2}, "data__height": 12, "data__width": 12}, r"12 x 12 .* make 9 tokens, no multiple"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(tmp_path, settings, message):
+    config = tiny_config(tmp_path, **{"parallel": SHARDED} | settings)
+    flow = load_model(config.model, "cpu").outline()
+    with pytest.raises(ConfigError, match=message):
+        check_sharing(config, flow, [(config.data.height, config.data.width)])
+    check_sharing(tiny_config(tmp_path, parallel=SHARDED | {"context": 2}), tiny_flow(), [(16, 16)])
