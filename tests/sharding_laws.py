@@ -239,7 +239,6 @@ def main() -> None:
         else:
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two machines
             learns(folder / "hybrid", "hybrid")
-            learns(folder / "lora", "hybrid", **LORA)
             shares_tokens(folder / "context", "shard")
             goes_on(checkpoint_folder(folder / "one", 2), "hybrid")
     (folder / f"rank-{world.rank}").touch()

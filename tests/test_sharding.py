@@ -105,18 +105,16 @@ def test_damaged_parts_are_told(tmp_path, kind):
         open_saved(tmp_path, "weights")
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_of_a_sharded_run_ends_it(tmp_path, victim):
+def test_a_killed_process_of_a_sharded_run_ends_it(tmp_path):
     folder = tmp_path / "run"
     launch.start(run(folder, 9999, output__checkpoint_every=1, parallel=SHARDED))
     family = ranks_of(until(folder, lambda state: latest(folder) is not None))
-    family[victim].kill()
+    family[1].kill()
     assert gone(family)
     state = until(folder, ended)
-    assert state.status == ("killed" if victim == 0 else "failed")
-    if state.status == "failed":
-        assert "another process of this run is gone" in state.error
-        assert f"the last good checkpoint is {latest(folder)}" in state.error
+    assert state.status == "failed"
+    assert "another process of this run is gone" in state.error
+    assert f"the last good checkpoint is {latest(folder)}" in state.error
 
 
 def test_what_ends_one_process_inside_the_model_is_told_by_all(tmp_path):
@@ -149,14 +147,14 @@ def test_groups_that_processes_cannot_form(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model__frozen_memory": "8bit", "lora__rank": 2}, r"model.frozen_memory='8bit' with parallel.strategy='shard'"),
+        ({"model__frozen_memory": "8bit", "lora__rank": 2}, r"model.frozen_memory='8bit' with parallel.strategy"),
         ({"optim__states": "8bit"}, r"optim.states='8bit'.*set optim.states=float32 or parallel.strategy=replicate"),
         ({"rollout__precision": "fp8"}, r"rollout.precision='fp8' with parallel.strategy='shard'"),
         ({"parallel": {"offload": True}}, r"parallel.offload=True.*set parallel.strategy=shard"),
-        ({"parallel": {"gathered": "step", "strategy": "shard"}}, r"parallel.gathered='step'.*parallel.processes above 1"),
+        ({"parallel": {"gathered": "step", "strategy": "shard"}}, r"parallel.gathered='step'.*processes above 1"),
         ({"parallel": {"context": 2}, "model__family": "toy_run:load"}, r"can't share a picture.*\(choices: 1\)"),
         ({"parallel": {"context": 3}}, r"parallel.context=3: the model's 2 attention heads.*\(choices: 1, 2\)"),
-        ({"parallel": {"context": 2}, "data__height": 12, "data__width": 12}, r"12 x 12 .* make 9 tokens, no multiple"),
+        ({"parallel": {"context": 2}, "data__height": 20, "data__width": 20}, r"20 x 20 .* 25 tokens, no multiple"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together(tmp_path, settings, message):
