@@ -194,8 +194,10 @@ def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[
                 f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
                 f" {name}={needed} or parallel.strategy=replicate"
             )
-    for name, used in (("offload", parallel.offload), ("gathered", parallel.gathered != "layer")):
-        if used and not is_sharded(parallel):
+    lonely = not is_sharded(parallel)
+    stays = parallel.gathered != "layer" and parallel.strategy == "replicate"  # one process alone has gathered all
+    for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays)):
+        if useless:
             raise ConfigError(
                 f"parallel.{name}={getattr(parallel, name)!r} is for a model in parts: set parallel.strategy=shard and"
                 f" parallel.processes above 1, or leave parallel.{name} out"

@@ -151,7 +151,7 @@ def test_groups_that_processes_cannot_form(monkeypatch):
         ({"optim__states": "8bit"}, r"optim.states='8bit'.*set optim.states=float32 or parallel.strategy=replicate"),
         ({"rollout__precision": "fp8"}, r"rollout.precision='fp8' with parallel.strategy='shard'"),
         ({"parallel": {"offload": True}}, r"parallel.offload=True.*set parallel.strategy=shard"),
-        ({"parallel": {"gathered": "step", "strategy": "shard"}}, r"parallel.gathered='step'.*processes above 1"),
+        ({"parallel": {"gathered": "step", "processes": 2}}, r"parallel.gathered='step'.*set parallel.strategy=shard"),
         ({"parallel": {"context": 2}, "model__family": "toy_run:load"}, r"can't share a picture.*\(choices: 1\)"),
         ({"parallel": {"context": 3}}, r"parallel.context=3: the model's 2 attention heads.*\(choices: 1, 2\)"),
         ({"parallel": {"context": 2}, "data__height": 20, "data__width": 20}, r"20 x 20 .* 25 tokens, no multiple"),
