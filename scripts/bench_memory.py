@@ -2,9 +2,11 @@
 
     PYTHONPATH=. python scripts/bench_memory.py --folder /tmp/bench --out memory.json [--minutes 9] [--rows NAME ...]
 
-Each row is a run with settings of its own, in a process of its own: random weights, two optimizer steps, two previews.
-Rows are written to --out as they come; no row is started after --minutes. `--limit-gib 24` caps every process to a
-card of that size. `--tiny` shrinks the models, to try the script on a machine without a GPU.
+Each row is a run with settings of its own, in a process of its own: random weights, three optimizer steps, two
+previews. Rows are written to --out as they come, beside those that are there already; no row is started after
+--minutes. `--limit-gib 24` caps every process to a card of that size, `--allocator expandable_segments:True` sets
+PYTORCH_CUDA_ALLOC_CONF, `--list` names the rows. `--tiny` shrinks the models, to try the script on a machine without a
+GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -28,7 +31,7 @@ from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.description import load_run
 from srpo_core.devices import choose_device
 from srpo_core.duration import matmul_rate
-from srpo_core.estimate import estimate, shapes_of
+from srpo_core.estimate import DECODE_RECOMPUTED, estimate, shapes_of
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
@@ -39,6 +42,11 @@ from srpo_core.weights.loading import empty_parameters, fill
 GIB = 2**30
 SMALL_LORA = ["lora.rank=16", "lora.targets=attention"]
 CARD_24 = ["model.frozen_memory=8bit", *SMALL_LORA]
+CARD_16 = ["model.frozen_memory=4bit", "reward.dtype=bfloat16", *SMALL_LORA]
+ONE_CARD = ["lora.rank=0", "model.trained_memory=bfloat16", "optim.states=8bit", "model.recompute=auto"]
+"""What flux-dev does to train all weights on one card of 80 GB."""
+GB_80, GB_24, GB_16 = 79.1, 23.5, 15.7
+"""GiB that cards of so many GB have for a process."""
 KEPT = ["model.recompute=false"]
 ALL_WEIGHTS = ["lora.rank=0", "model.family=bench_memory:load_short"]
 
@@ -49,11 +57,21 @@ def square(side: int) -> list[str]:
 
 
 ROWS: dict[str, tuple[list[str], float]] = {
-    "LoRA 32 all, 720": (square(720), 0),
+    "all weights on 80 GB, 720": ([*ONE_CARD, *square(720)], GB_80),
     "24 GB preset, 720": ([*CARD_24, *square(720)], 24e9 / GIB),
+    "24 GB preset, 1024": ([*CARD_24, *square(1024)], GB_24),
+    "16 GB preset, 720": ([*CARD_16, *square(720)], 16e9 / GIB),
+    "all weights on 80 GB, reward in bfloat16, 720": ([*ONE_CARD, "reward.dtype=bfloat16", *square(720)], 80e9 / GIB),
+    "all weights on 80 GB, recomputed, accumulation 2, 720": (
+        [*ONE_CARD, "model.recompute=true", "optim.accumulation=2", *square(720)],
+        GB_80,
+    ),
+    "16 GB preset, 1024": ([*CARD_16, *square(1024)], GB_16),
+    "LoRA 32 all, 720": (square(720), 0),
+    "LoRA 32 all, recomputed by need, 720": (["model.recompute=auto", *square(720)], 48e9 / GIB),
+    "fp8 base, LoRA 16 attention, 720": (["model.frozen_memory=fp8", *SMALL_LORA, *square(720)], 24e9 / GIB),
     "LoRA 32 all, 1024": (square(1024), 0),
     "not recomputed, LoRA 16 attention, 512": ([*KEPT, *SMALL_LORA, *square(512)], 0),
-    "24 GB preset, 1024": ([*CARD_24, *square(1024)], 0),
     "not recomputed, LoRA 32 all, 512": ([*KEPT, *square(512)], 0),
     "not recomputed, 24 GB preset, 512": ([*KEPT, *CARD_24, *square(512)], 0),
     "LoRA 32 all, batch 2, 720": ([*square(720), "data.batch_size=2"], 0),
@@ -99,8 +117,10 @@ class RandomFlux(Components):
     @cached_property
     def flow(self) -> FluxFlow:
         module, dtype = self._empty(), DTYPES[self._config.dtype]
-        if self._config.frozen_memory == "8bit" and not self.full_precision:
-            module = fill_compressed(module, numbers(module, self._device), dtype, self._device, {}, BLOCKS)
+        if self._config.frozen_memory != "full" and not self.full_precision:
+            memory = self._config.frozen_memory
+            stream = numbers(self._empty(), self._device)  # whose parameters keep their shapes
+            module = fill_compressed(module, stream, dtype, self._device, {}, BLOCKS, memory)
         else:
             wanted = torch.float32 if self.full_precision else dtype
             module = fill(module, numbers(module, self._device), wanted, self._device, "random weights")
@@ -190,7 +210,7 @@ class Meter(Clock):
 
 
 def measure(config: RunConfig) -> dict[str, object]:
-    """A run's prediction, then two of its steps and its previews. What it could not do is under "error"."""
+    """A run's prediction, then three of its steps and its previews. What it could not do is under "error"."""
     device = choose_device(config.parallel.device)
     shapes = shapes_of(config, load_model(config.model, device))
     guess = estimate(config, shapes)
@@ -204,8 +224,8 @@ def measure(config: RunConfig) -> dict[str, object]:
         with loading.phase("loading"):
             trainer = assemble(config)
         row["loaded_gib"] = gib(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0
-        for number in (1, 2):
-            meter = Meter(device) if number == 1 else second(meter)
+        for number in (1, 2, 3):
+            meter = Meter(device) if number == 1 else following(meter)
             trainer.learner.step(number, meter)
         with meter.phase("previews"):
             trainer.previews.draw(trainer.flow, trainer.world)
@@ -223,10 +243,10 @@ def measure(config: RunConfig) -> dict[str, object]:
     return row
 
 
-def second(first: Meter) -> Meter:
-    """A meter for the second step, whose seconds are those of a step, with the first one's peaks."""
-    meter = Meter(first.device)
-    meter.peaks = first.peaks
+def following(before: Meter) -> Meter:
+    """A meter for the next step, with the peaks of those before: the last one's seconds are those of a step."""
+    meter = Meter(before.device)
+    meter.peaks = before.peaks
     return meter
 
 
@@ -242,7 +262,7 @@ def run_row(folder: Path, name: str, tiny: bool, limit: float) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * GIB / total))
     base = ["model.family=bench_memory:load", f"reward.path={folder / 'hps.safetensors'}", "data.prompts=builtin"]
-    base += ["optim.accumulation=1", "optim.steps=2", "rollout.num_steps=6", "output.preview_steps=6"]
+    base += ["optim.accumulation=1", "optim.steps=3", "rollout.num_steps=6", "output.preview_steps=6"]
     base += ["output.preview_prompts=2", f"output.dir={folder / 'run'}", "reward.liked=[Real]"]
     small = ["model.family=bench_memory:load_tiny", "reward.name=miniature", "reward.path=null", "data.height=64"]
     small += ["data.width=64", "reward.disliked=[Painting]", "reward.contrast=[Real, Painting]"]
@@ -268,7 +288,8 @@ def rows_of(args: argparse.Namespace, began: float) -> Iterator[tuple[str, dict[
         start = time.perf_counter()
         words = ["--folder", str(args.folder), "--row", name, "--limit-gib", str(args.limit_gib)]
         command = [sys.executable, __file__, *words, *(["--tiny"] if args.tiny else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = os.environ | ({"PYTORCH_CUDA_ALLOC_CONF": args.allocator} if args.allocator else {})
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
         row = json.loads(found[-1][4:]) if found else {"error": (done.stdout + done.stderr)[-3000:]}
         yield name, row | {"seconds_of_the_process": round(time.perf_counter() - start, 1)}
@@ -277,17 +298,22 @@ def rows_of(args: argparse.Namespace, began: float) -> Iterator[tuple[str, dict[
 def main() -> None:
     """Measure the rows, one by one."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--folder", type=Path, required=True, help="for a file of weights and the runs")
+    parser.add_argument("--folder", type=Path, default=Path("bench"), help="for a file of weights and the runs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS))
     parser.add_argument("--minutes", type=float, default=9.0, help="no row is started later")
     parser.add_argument("--limit-gib", type=float, default=0.0, help="hold each process to so much of the card")
+    parser.add_argument("--allocator", default="", help="PYTORCH_CUDA_ALLOC_CONF of the rows")
+    parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     began = time.perf_counter()
     if args.row:
         run_row(args.folder, args.row, args.tiny, args.limit_gib)
+        return
+    if args.list:
+        print("\n".join(ROWS))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     if not args.tiny:
@@ -297,9 +323,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "decoder_bytes_a_pixel": DECODE_RECOMPUTED,
         "command": "PYTHONPATH=. python scripts/bench_memory.py --folder FOLDER --out memory.json",
     }
-    rows: dict[str, object] = {}
+    there = args.out is not None and args.out.is_file()
+    rows: dict[str, object] = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if there else {}
     for name, row in rows_of(args, began):
         rows[name] = row
         short = {key: row.get(key) for key in ("predicted_peak_gib", "measured_peak_gib", "measured_gib", "seconds")}

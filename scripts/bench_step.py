@@ -57,7 +57,8 @@ ROWS = {
     "compiled, fp8 rollout": FAST,
     "compiled, fp8 rollout, 15 calls": f"{FAST} rollout.calls=15",
     "compiled, fp8 rollout, 12 calls": f"{FAST} rollout.calls=12",
-    "compiled, recomputed, fp8 rollout, 15 calls": f"{FAST} model.recompute=true rollout.calls=15",
+    "12 calls, reward in bfloat16": f"{FAST} rollout.calls=12 reward.dtype=bfloat16",
+    "12 calls, what fits is kept": f"{FAST} model.recompute=auto rollout.calls=12 reward.dtype=bfloat16",
     "LoRA, compiled, fp8 rollout": f"{FAST} {LORA}",
     "LoRA, compiled, fp8 rollout, batch 4": f"{FAST} {LORA} data.batch_size=4",
     "LoRA, compiled, recomputed, fp8 rollout, batch 8": f"{FAST} {LORA} model.recompute=true data.batch_size=8",
@@ -90,7 +91,9 @@ def build(config: RunConfig, tiny: bool, world: World) -> tuple[RandomFlux, Part
     data = TrainingData(
         data.seed, data.size, data.batch_size, prompt_sequence(components.text_encoder, texts, 0, length)
     )
-    reward = WeightedReward("hpsv2", random_reward(world.device, tiny), margin=config.reward.margin)
+    reward = WeightedReward(
+        "hpsv2", random_reward(world.device, tiny, getattr(torch, config.reward.dtype)), margin=config.reward.margin
+    )
     held_out = components.text_encoder(components.prompts["eval"][:1])
     parts = Parts(flow, components.autoencoder, [reward], words, data, held_out)
     for note in speed_up(config, parts, world.device, lambda text: print(f"# {text}", flush=True)):
@@ -98,12 +101,12 @@ def build(config: RunConfig, tiny: bool, world: World) -> tuple[RandomFlux, Part
     return components, parts, Learner(config, world, parts)
 
 
-def random_reward(device: torch.device, tiny: bool) -> ClipReward:
+def random_reward(device: torch.device, tiny: bool, dtype: torch.dtype) -> ClipReward:
     """HPS v2's shapes with random weights."""
     from open_clip import get_model_config
 
     model = new_open_clip(get_model_config("ViT-B-32" if tiny else "ViT-H-14"), quick_gelu=False)
-    return ClipReward(OpenClip(fill(model, numbers(model, device), torch.float32, device, "random weights")))
+    return ClipReward(OpenClip(fill(model, numbers(model, device), dtype, device, "random weights")))
 
 
 def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, object]:
@@ -138,9 +141,10 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, ob
     row |= rates(config, components, seconds["step"], device)
     if parts.rollout_copy is not None:
         row["seconds_of_codes"] = round(codes_seconds(parts.rollout_copy, learner.world), 4)
-    if profile is not None:
-        profile.write_text(profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), device))
     row["rollout_error"] = rollout_error(config, parts, learner)
+    if profile is not None:
+        print("ROW " + json.dumps(row), flush=True)  # if the profiler should fail
+        profile.write_text(profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), device))
     return row
 
 
@@ -213,11 +217,10 @@ def codes_seconds(twin: RolloutCopy, world: World) -> float:
 
 
 def profiled(step: Callable[[], object], device: torch.device) -> str:
-    """A table of what one step spends its time on."""
+    """A table of what one step spends its time on: a GPU's kernels, or a CPU's operations."""
     from torch.profiler import ProfilerActivity, profile
 
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=kinds) as prof:
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as prof:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -228,6 +231,9 @@ def profiled(step: Callable[[], object], device: torch.device) -> str:
 def child(args: argparse.Namespace) -> None:
     """Measure one row and print it as JSON, last of all."""
     config = describe(args.one, args.tiny)
+    if args.cap_gib and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
     try:
         row = measure(config, args.tiny, args.profile)
     except Exception as error:
@@ -250,6 +256,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         start = time.perf_counter()
         command = [sys.executable, __file__, "--one", settings, *(["--tiny"] if args.tiny else [])]
         command += ["--profile", str(args.profile)] if args.profile else []
+        command += ["--cap-gib", str(args.cap_gib)] if args.cap_gib else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
             lines, errors = done.stdout.splitlines(), done.stderr
@@ -260,6 +267,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         row = json.loads(found[-1][4:]) if found else {"settings": settings, "error": errors[-3000:]}
         row["said"] = [line[2:] for line in lines if line.startswith("# ")]
         row["warned"] = [line[:300] for line in errors.splitlines() if line.strip()][-20:]
+        row |= {"cap_gib": args.cap_gib} if args.cap_gib else {}
         yield name, row | {"seconds_of_the_process": round(time.perf_counter() - start, 1)}
 
 
@@ -271,6 +279,7 @@ def main() -> None:
     parser.add_argument("--row", action="append", default=[], help='a row of your own, "name: key=value key=value"')
     parser.add_argument("--seconds", type=float, default=3600.0, help="no row is begun that can't end by then")
     parser.add_argument("--profile", type=Path, help="file for a table of what a step spends its time on")
+    parser.add_argument("--cap-gib", type=float, default=0.0, help="memory that a row may take, as a smaller card's")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -23,6 +23,7 @@ import torch
 from bench_load import BANK, in_format, weights
 from torch import Tensor, nn
 
+from srpo_core.estimate import DECODE_RECOMPUTED
 from srpo_core.export.writer import plan, write_file
 from srpo_core.weights.loading import empty_parameters
 
@@ -155,6 +156,7 @@ class Runs:
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "decoder_bytes_a_pixel": DECODE_RECOMPUTED,
             "command": f"python {' '.join(sys.argv)}",
         }
         self.out.write_text(json.dumps({"machine": machine, "runs": self.results}, indent=1) + "\n", encoding="utf-8")

@@ -8,8 +8,6 @@ last digit at most, where a GPU's division and roots do.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -41,9 +39,10 @@ def _kernel(
     there = place < count
     row_there = rows * SIDE < count
     lr, rate, root = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    factor = tl.load(numbers + 3)
     bits = _mixed(place.to(tl.uint32) * 0x9E3779B9 + tl.load(seeds + index).to(tl.uint32, bitcast=True))
     w = tl.load(weight + place, mask=there, other=0.0).to(tl.float32)
-    g = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32)
+    g = tl.load(gradient + place, mask=there, other=0.0).to(tl.float32) * factor
     if IN_8BIT:
         part = tl.load(first + place, mask=there, other=0).to(tl.float32) / 127
         m = part * tl.abs(part) * tl.load(first_scale + rows, mask=row_there, other=0.0)[:, None]
@@ -96,13 +95,13 @@ def update(
 ) -> None:
     """Update a contiguous weight and its moments in place: both in float32, or codes and scales of both.
 
-    `numbers` [3] and `seeds`, of which number `index` is the weight's, are CompactAdamW's.
+    On a GPU it must be the current device. `numbers` [4] and `seeds`, of which number `index` is the weight's, are
+    CompactAdamW's.
     """
     in_8bit = len(moments) == 4
     first, first_scale, second, second_scale = moments if in_8bit else (moments[0], moments[0], moments[1], moments[1])
     count = weight.numel()
-    with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
-        _kernel[(triton.cdiv(count, ROWS * BLOCK),)](
-            weight, gradient, first, first_scale, second, second_scale, numbers, seeds, index, count, *constants,
-            IN_8BIT=in_8bit, NARROW=weight.dtype == torch.bfloat16, PER_OCTAVE=OCTAVE, SIDE=BLOCK, HIGH=ROWS,
-        )  # fmt: skip
+    _kernel[(triton.cdiv(count, ROWS * BLOCK),)](
+        weight, gradient, first, first_scale, second, second_scale, numbers, seeds, index, count, *constants,
+        IN_8BIT=in_8bit, NARROW=weight.dtype == torch.bfloat16, PER_OCTAVE=OCTAVE, SIDE=BLOCK, HIGH=ROWS,
+    )  # fmt: skip

@@ -108,6 +108,11 @@ def check_files(config: RunConfig) -> Inputs:
             f"model.frozen_memory={config.model.frozen_memory!r} freezes the matrices, and lora.rank=0 trains them; set"
             " lora.rank=16, say, or model.frozen_memory=full"
         )
+    if config.optim.states == "8bit" and getattr(config.parallel, "strategy", "replicate") != "replicate":
+        complaints.append(
+            f"optim.states='8bit' with parallel.strategy={config.parallel.strategy!r}: sharded weights have moments"
+            " in float32; set optim.states=float32"
+        )
     if config.model.trained_memory == "bfloat16" and config.model.dtype != "bfloat16":
         complaints.append(
             f"model.trained_memory='bfloat16' with model.dtype={config.model.dtype!r}: weights held in bfloat16 are"
@@ -175,12 +180,23 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     footprint = footprint_of(config, flow)
     total, least = device_memory(device), footprint.least_bytes(config)
     if total is not None and least > total:
-        way_out = "train a LoRA (lora.rank=16)" if not config.lora.rank else "a larger device is needed"
+        way_out = _fewer_bits(config, footprint, total)
         raise ConfigError(
             f"lora.rank={config.lora.rank}: weights, gradients and optimizer alone take {least / 2**30:.1f} GiB,"
             f" {device} has {total / 2**30:.1f} GiB; {way_out}"
         )
     return footprint
+
+
+def _fewer_bits(config: RunConfig, footprint: Footprint, total: int) -> str:
+    """What to do about weights, gradients and optimizer that take more than there is."""
+    if config.lora.rank:
+        return "a larger device is needed"
+    narrow = config.model_copy(deep=True)
+    narrow.model.trained_memory, narrow.optim.states = "bfloat16", "8bit"
+    least = footprint.least_bytes(narrow)
+    fewer = f"hold them in fewer bits (model.trained_memory=bfloat16 optim.states=8bit: {least / 2**30:.1f} GiB)"
+    return f"{fewer}, or train a LoRA (lora.rank=16)" if least < total else "train a LoRA (lora.rank=16)"
 
 
 def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:

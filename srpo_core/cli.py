@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         return command
 
     _train(add("train", "train a model, or go on with a run"))
+    _plan(add("plan", "predict a run's memory and time on cards that need not be there, and what would fit"))
     _status(add("status", "say what runs are doing, and why one failed"))
     _stop(add("stop", "have runs save and end, within seconds"))
     _sample(add("sample", "draw pictures with a base or trained model, on one or more GPUs (torchrun)"))
@@ -99,6 +100,17 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--background", action="store_true",
         help="check, then train in a process of its own that goes on when this one ends (srpo status, srpo stop)",
+    )  # fmt: skip
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=_OVERRIDES)
+    parser.add_argument("--card-gb", type=float, metavar="GB", help="memory of a card (default: this machine's)")
+    parser.add_argument("--gpus", type=_positive, metavar="N", help="cards (default: parallel.processes)")
+    parser.add_argument(
+        "--tflops", type=float, metavar="N",
+        help="10^12 operations a second of its bfloat16 matrix products (default: this machine's card is tried)",
     )  # fmt: skip
 
 

@@ -150,6 +150,15 @@ def _check(config: RunConfig, resume: bool) -> int:
     return 0
 
 
+def plan(args: Namespace) -> int:
+    """Say what a run takes of a card; the exit code is that of wrong settings where it doesn't fit."""
+    from srpo_core.card_plan import Cards, plan_cards
+
+    planned = plan_cards(train_config(args.source, args.overrides), Cards(args.card_gb, args.gpus, args.tflops))
+    print("".join(f"  {name:<8} {text}\n" for name, text in planned.rows()), end="")
+    return 0 if planned.fits else 2
+
+
 def _say_where(config: RunConfig, run_dir: Path) -> None:
     from srpo_core.checkpoint import best, latest
     from srpo_core.report import write_report

@@ -7,6 +7,7 @@ and most updates are far smaller, which rounding to the nearest would lose altog
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import warnings
@@ -71,19 +72,20 @@ class CompactAdamW(torch.optim.Optimizer):
         """Is told what makes steps take longer."""
         for parameter in self._parameters():
             self.state[parameter] = self._empty_state(parameter)
+        self._steps = [state["step"] for state in self.state.values()]
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _empty_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        device, count = parameter.device, parameter.numel()
+        zeros, count = parameter.detach().new_zeros, parameter.numel()
         state = {"step": torch.zeros(())}
         if not self.in_8bit or count < SMALLEST or count % BLOCK:
-            return state | {name: torch.zeros(parameter.shape, device=device) for name in MOMENTS}
+            return state | {name: zeros(parameter.shape, dtype=torch.float32) for name in MOMENTS}
         blocks = count // BLOCK
         for codes, scale, dtype in ((*CODES[:2], torch.int8), (*CODES[2:], torch.uint8)):
-            state[codes] = torch.zeros(blocks, BLOCK, dtype=dtype, device=device)
-            state[scale] = torch.zeros(blocks, 1, device=device)
+            state[codes] = zeros((blocks, BLOCK), dtype=dtype)
+            state[scale] = zeros((blocks, 1), dtype=torch.float32)
         return state
 
     def put_state(self, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
@@ -98,29 +100,31 @@ class CompactAdamW(torch.optim.Optimizer):
             state[name].copy_(held[name].view_as(state[name]))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """An update of every parameter that has a gradient; its memory beyond the states is small."""
+    def step(self, closure: Any = None, scale: Tensor | None = None) -> None:
+        """An update of every parameter that has a gradient, which is first scaled by `scale`, a number on its device.
+
+        Its memory beyond the states is small. Parameters are on one device and have made as many steps each.
+        """
+        torch._foreach_add_(self._steps, 1)
         for group in self.param_groups:
             constants = Constants(*group["betas"], group["eps"], group["weight_decay"])
-            seeds: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
-            for i, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                state["step"] += 1
-                key = parameter.device, int(state["step"])
-                if key not in seeds:
-                    seeds[key] = self._numbers(group["lr"], constants, *key)
-                self._update(parameter, *seeds[key], i, constants)
+            device = group["params"][0].device
+            numbers, seeds = self._numbers(group["lr"], constants, device, int(self._steps[0]))
+            if scale is not None:
+                numbers[3] = scale
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                for i, parameter in enumerate(group["params"]):
+                    if parameter.grad is not None and parameter.numel():
+                        self._update(parameter, numbers, seeds, i, constants)
 
     def _numbers(self, lr: float, constants: Constants, device: torch.device, step: int) -> tuple[Tensor, Tensor]:
-        """What a step's updates take: [lr, lr / bias correction of the first moment, root of the second's], and a seed
-        for each parameter, int32."""
+        """What a step's updates take: [lr, lr / bias correction of the first moment, root of the second's, scale of the
+        gradient], and a seed for each parameter, int32."""
         rate, root = lr / (1 - constants.beta1**step), (1 - constants.beta2**step) ** 0.5
         count = len(self._parameters())
         digests = (hashlib.sha256(f"{self.seed} {step} {i} rounding".encode()).digest() for i in range(count))
         seeds = [int.from_bytes(digest[:4], "little", signed=True) for digest in digests]
-        numbers = torch.tensor([lr, rate, root], dtype=torch.float32)
+        numbers = torch.tensor([lr, rate, root, 1.0], dtype=torch.float32)
         return numbers.to(device), torch.tensor(seeds, dtype=torch.int32).to(device)
 
     def _update(self, parameter: nn.Parameter, numbers: Tensor, seeds: Tensor, i: int, constants: Constants) -> None:
@@ -131,8 +135,9 @@ class CompactAdamW(torch.optim.Optimizer):
             from srpo_core import adamw_kernel
 
             try:
-                whole = parameter.detach(), parameter.grad.contiguous()
-                return adamw_kernel.update(*whole, moments, numbers, seeds, i, tuple(constants))
+                return adamw_kernel.update(
+                    parameter, parameter.grad.contiguous(), moments, numbers, seeds, i, constants
+                )
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of many kinds, before anything is computed: it can't be compiled here
@@ -213,7 +218,8 @@ def _adamw(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Tensor, constants: Constants
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The new weight and moments, as torch.optim.AdamW computes them in float32."""
-    lr, rate, root = numbers[0], numbers[1], numbers[2]
+    lr, rate, root, scale = numbers.unbind()
+    gradient = gradient * scale
     first = first + (gradient - first) * (1 - constants.beta1)
     second = second * constants.beta2 + gradient * gradient * (1 - constants.beta2)
     weight = weight * (1 - lr * constants.decay)

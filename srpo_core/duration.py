@@ -35,6 +35,10 @@ BLOCK_SECONDS, LAYER_SECONDS = 1.8e-3, 0.13e-3
 """What starting a GPU's many small operations takes in a forward pass, for each block and each layer with a LoRA."""
 BACKWARD = 3
 """A backward pass starts so many times the operations of a forward pass."""
+COMPILED, FP8 = 0.7, 0.73
+"""What compiled blocks take of the others' time, and blocks with matrices in fp8 of that (H200)."""
+BANDWIDTH = 1.5e12
+"""Bytes a second that an optimizer on a GPU reads and writes."""
 DRIFT_PICTURES = 2
 RECENT = 20
 """Steps whose pace tells that of the rest."""
@@ -117,23 +121,48 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def expected_pace(config: RunConfig, footprint: Footprint, work: Work, rate: float, kind: str) -> Pace:
     """By arithmetic, on a device of type `kind` that does `rate` operations a second in a matrix product."""
+    batch = _forward(config, footprint, work, rate, kind, config.data.batch_size) / config.data.batch_size
+    picture = config.output.preview_steps * batch + work.decode / (rate * DECODER_SHARE.get(kind, 0.2))
+    return Pace(sum(expected_phases(config, footprint, work, rate, kind).values()), picture)
+
+
+def expected_phases(config: RunConfig, footprint: Footprint, work: Work, rate: float, kind: str) -> dict[str, float]:
+    """Seconds of an optimizer step's phases; see `expected_pace`."""
     data, align, model, optim = config.data, config.align, config.model, config.optim
-    share, decoder = rate * SHARE.get(kind, 0.4), rate * DECODER_SHARE.get(kind, 0.2)
-    starting = work.blocks * BLOCK_SECONDS + footprint.layers * LAYER_SECONDS if kind != "cpu" else 0.0
-
-    def forward(pictures: int) -> float:
-        return pictures * work.forward / share + starting
-
     again = model.recompute is not False  # auto: as long as nothing tells how much is kept
     passes = 2 + again + (not config.lora.rank)  # back to the input, and to weights that are trained
-    aligned = passes * data.batch_size * work.forward / share + (1 + BACKWARD + again) * starting
-    aligned += (2 + again) * data.batch_size * work.decode / decoder
+    starting = _starting(config, footprint, work, kind)
+    aligned = passes * data.batch_size * work.forward / (rate * _share(config, kind))
+    aligned += (1 + BACKWARD + again) * starting
+    aligned += (2 + again) * data.batch_size * work.decode / (rate * DECODER_SHARE.get(kind, 0.2))
     on_photos, on_prompts = sources(data, config.seed, optim.steps * optim.accumulation)
-    rolled_out = config.rollout.num_steps * forward(data.batch_size) * on_prompts / (on_photos + on_prompts)
-    micro = rolled_out + len(align.branches) * align.draws_per_rollout * aligned
-    batch = forward(data.batch_size) / data.batch_size
-    picture = config.output.preview_steps * batch + work.decode / decoder
-    return Pace(optim.accumulation * micro + forward(DRIFT_PICTURES), picture)
+    calls = config.rollout.calls or config.rollout.num_steps
+    faster = FP8 if config.rollout.precision == "fp8" and kind == "cuda" else 1.0
+    rolled_out = calls * faster * _forward(config, footprint, work, rate, kind, data.batch_size)
+    held = footprint.held(config) + 2 * footprint.held_while_training(config)
+    return {
+        "rollout": optim.accumulation * rolled_out * on_prompts / (on_photos + on_prompts),
+        "gradient step": optim.accumulation * len(align.branches) * align.draws_per_rollout * aligned,
+        "optimizer": 2 * footprint.trained * held / BANDWIDTH if kind == "cuda" else 0.0,
+        "drift": _forward(config, footprint, work, rate, kind, DRIFT_PICTURES),
+    }
+
+
+def _share(config: RunConfig, kind: str) -> float:
+    """Of the rate of a matrix product, in the model's passes."""
+    return SHARE.get(kind, 0.4) / (COMPILED if config.model.compile and kind == "cuda" else 1.0)
+
+
+def _starting(config: RunConfig, footprint: Footprint, work: Work, kind: str) -> float:
+    """Seconds to start a forward pass's operations; few are left of compiled blocks."""
+    seconds = work.blocks * BLOCK_SECONDS + footprint.layers * LAYER_SECONDS if kind != "cpu" else 0.0
+    return 0.0 if config.model.compile and kind == "cuda" else seconds
+
+
+def _forward(config: RunConfig, footprint: Footprint, work: Work, rate: float, kind: str, pictures: int) -> float:
+    """Seconds of a forward pass."""
+    busy = pictures * work.forward / (rate * _share(config, kind))
+    return busy + _starting(config, footprint, work, kind)
 
 
 def own_pace(run_dir: Path | str, preview_prompts: int) -> Pace | None:

@@ -35,6 +35,8 @@ def smaller_settings(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
         yield {"lora.rank": 16}
     if model.frozen_memory == "full":
         yield {"model.frozen_memory": "8bit"} if lora.rank else {"lora.rank": 16, "model.frozen_memory": "8bit"}
+    if model.frozen_memory == "full" and lora.rank and _has_wide_reward(config):
+        yield {"model.frozen_memory": "8bit", "reward.dtype": "bfloat16"}
     if model.frozen_memory != "4bit" and lora.rank:
         yield {"model.frozen_memory": "4bit"}
     if lora.rank > 16:
@@ -48,7 +50,7 @@ def smaller_settings(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
 
 def _narrower(config: RunConfig) -> Iterator[Change]:
     """Changes that hold the same things in fewer bits: the reward, moments, trained weights."""
-    if config.reward.dtype == "float32" and config.reward.name in NARROW_REWARDS:
+    if _has_wide_reward(config):
         yield {"reward.dtype": "bfloat16"}
     if config.parallel.strategy != "replicate":  # shards hold moments in float32
         return
@@ -59,6 +61,10 @@ def _narrower(config: RunConfig) -> Iterator[Change]:
     yield from (change for change in (states, weights) if change)
     if states and weights:
         yield states | weights
+
+
+def _has_wide_reward(config: RunConfig) -> bool:
+    return config.reward.dtype == "float32" and config.reward.name in NARROW_REWARDS
 
 
 def _scaled(config: RunConfig, shapes: Shapes, side: int) -> Change:
@@ -110,9 +116,11 @@ def what_would_fit(config: RunConfig, shapes: Shapes, free: int) -> tuple[str, .
 
 
 def less_memory(config: RunConfig, shapes: Shapes) -> str:
-    """What to try when a device ran out of memory: the run's estimate, and what changes would make of it."""
+    """What to try when a device ran out of memory: what changes would make of it, and the run's estimate by phase."""
     found = [_line(change, size) for change, size in _smaller(config, shapes)]
-    expected = f"about {size_text(estimate(config, shapes).on_card)} were expected"
+    guess = estimate(config, shapes)
+    phases = ", ".join(f"{phase} {size_text(size)}" for phase, size in guess.phases.items())
+    expected = f"about {size_text(guess.on_card)} were expected ({phases})"
     return f"try {', or '.join(found[:MOST_TRIED])}; {expected}" if found else f"{LARGER}; {expected}"
 
 

@@ -23,6 +23,7 @@ from srpo_core.keeping import CudaMemory, keep_what_fits
 from srpo_core.metrics import Clock, StepMetrics, over_processes
 from srpo_core.optim import (
     Average,
+    clip_and_step,
     gradient_norm,
     learning_rate,
     load_optimizer_tensors,
@@ -109,9 +110,8 @@ class Learner:
         tally, finite = Tally(self.rewards), FiniteChecks(early=not self.world.keeps_step)
         try:
             with self.world.together(), gathered(self.flow.module, self.config.parallel.gathered == "step"):
-                for micros in self._groups():
-                    with self.world.in_step():
-                        self._add_gradients(number, micros, words, tally, finite, clock)
+                with self.world.in_step():
+                    self._add_all(number, words, tally, finite, clock)
                 self._check()
                 if self.world.size > 1:
                     finite.require()  # before the others' gradients take it in
@@ -126,43 +126,22 @@ class Learner:
         summary = over_processes(self.world.exchange(tally.summary())[:: self.world.context])
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
 
-    def _groups(self) -> list[list[int]]:
-        """The step's micro-batches, those together that are rolled out together."""
-        count, at_once = self.config.optim.accumulation, self.config.rollout.at_once
-        return [list(range(first, min(count, first + at_once))) for first in range(0, count, at_once)]
+    def _add_all(self, number: int, words: tuple[str, str], tally: Tally, finite: FiniteChecks, clock: Clock) -> None:
+        """Roll out all of the step's micro-batches, then add up their gradients."""
+        with clock.phase("rollout"):
+            rollouts = self._rollouts(number, range(self.config.optim.accumulation))
+        with clock.phase("gradient"), self.attention.with_gradient():
+            for micro, clean in enumerate(rollouts):
+                self._add_gradients(number, micro, clean, words, tally, finite)
+            self._look_ahead(number)
 
     def _add_gradients(
-        self,
-        number: int,
-        micros: Sequence[int],
-        words: tuple[str, str],
-        tally: Tally,
-        finite: FiniteChecks,
-        clock: Clock,
+        self, number: int, micro: int, clean: Rollout, words: tuple[str, str], tally: Tally, finite: FiniteChecks
     ) -> None:
-        """Add some micro-batches' share of the step's gradient to the trained parameters'."""
-        with clock.phase("rollout"):
-            self._check()
-            rollouts = self._rollouts(number, micros)
-            for micro, clean in zip(micros, rollouts, strict=True):
-                on_photos = self.data.on_photos(self._micro(number, micro))
-                tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
-                finite.add(clean.clean, "the rollout")
-        with clock.phase("gradient"), self.attention.with_gradient():
-            for micro, clean in zip(micros, rollouts, strict=True):
-                self._add_branches(number, micro, clean, words, tally, finite)
-            self._look_ahead(number, micros)
-
-    def _add_branches(
-        self,
-        number: int,
-        micro: int,
-        clean: Rollout,
-        words: tuple[str, str],
-        tally: Tally,
-        finite: FiniteChecks,
-    ) -> None:
-        """Add what all branches of a micro-batch say of the gradient."""
+        """Add a micro-batch's share of the step's gradient to the trained parameters'."""
+        on_photos = self.data.on_photos(self._micro(number, micro))
+        tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
+        finite.add(clean.clean, "the rollout")
         optim, draws = self.config.optim, self.config.align.draws_per_rollout
         steps = [each for draw in range(draws) for each in self._align_steps(number, micro, draw)]
         for i, (branch, align_step) in enumerate(steps):
@@ -200,17 +179,14 @@ class Learner:
         with self.world.in_step():
             settle(self.flow.module)
             hand_over_gradients(self.trained, self.parts)
-            parameters = list(self.parts.values())
-            norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
-            norm = whole_norm(norm, self.trained.values())
-            grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
+            norm = gradient_norm([p.grad for p in self.parts.values() if p.grad is not None])
+            grad_norm = self.world.as_main(whole_norm(norm, self.trained.values()))  # unlike GPUs' may differ a little
         finite.add(grad_norm, "the gradient")
         finite.require()
-        torch.nn.utils.clip_grads_with_norm_(parameters, optim.max_grad_norm, grad_norm)
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        clip_and_step(self.optimizer, self.parts, optim.max_grad_norm, grad_norm)
         if self.average is not None:
             self.average.update(number)
         return grad_norm, lr
@@ -231,38 +207,44 @@ class Learner:
         return self._rollouts(number, [micro])[0]
 
     def _rollouts(self, number: int, micros: Sequence[int]) -> list[Rollout]:
-        """Clean latents of micro-batches: sampled from noise together, or each encoded from its photos."""
-        config, starts = self.config, self._starts(number, micros)
-        sampled = [start for start in starts if start.images is None]
-        sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
+        """Clean latents of micro-batches: sampled from noise, some together, or encoded from their photos.
+
+        All of a step's come before its first gradient: those take as much memory as a copy for rollouts.
+        """
+        config, starts, done = self.config.rollout, self._starts(number, micros), []
+        sigmas = shifted_sigmas(config.num_steps, config.shift)
         check = None if self.world.keeps_step else lambda *_: self._check()  # such a check is no small thing
-        guidance, calls = config.rollout.guidance, config.rollout.calls
-        with self._copy.filled() if self._copy is not None and sampled else contextlib.nullcontext(self.flow) as flow:
+        copied = self._copy is not None and any(start.images is None for start in starts)
+        copy = self._copy.filled() if copied else contextlib.nullcontext(self.flow)
+        with gathered(self.flow.module, self.config.parallel.gathered == "rollout"), copy as flow:
 
             def sample(prompts: PromptBatch, noise: Tensor) -> Rollout:
-                return rollout(flow, prompts, noise, sigmas, guidance, check, calls)
+                self._check()
+                return rollout(flow, prompts, noise, sigmas, config.guidance, check, config.calls)
 
-            with gathered(self.flow.module, config.parallel.gathered == "rollout"):
-                done = iter(each_of(sample, [(start.prompts, start.noise) for start in sampled]))
-        return [next(done) if start.images is None else self._encoded(start) for start in starts]
+            for first in range(0, len(starts), config.at_once):
+                group = starts[first : first + config.at_once]
+                sampled = iter(each_of(sample, [(one.prompts, one.noise) for one in group if one.images is None]))
+                done += [next(sampled) if one.images is None else self._encoded(one) for one in group]
+        return done
 
     def _encoded(self, start: Start) -> Rollout:
+        self._check()
+        images = start.images.to(self.world.device, non_blocking=True)
         with blamed_on("the autoencoder (model.autoencoder)"):
-            return rollout_from_images(self.autoencoder, start.images, start.prompts, start.noise)
+            return rollout_from_images(self.autoencoder, images, start.prompts, start.noise)
 
     def _starts(self, number: int, micros: Sequence[int]) -> list[Start]:
         """What the micro-batches' rollouts start from, which may be there already."""
         ahead, self._ahead = self._ahead, None
         return ahead[1] if ahead is not None and ahead[0] == (number, *micros) else self._made(number, micros)
 
-    def _look_ahead(self, number: int, micros: Sequence[int]) -> None:
-        """Make ready what the rollouts after some micro-batches' start from, while the device is still at work."""
-        groups = self._groups()
-        place = groups.index(list(micros)) + 1
-        number, place = (number, place) if place < len(groups) else (number + 1, 0)
-        if number <= self.config.optim.steps:
+    def _look_ahead(self, number: int) -> None:
+        """Make ready what the next step's rollouts start from, while the device is still at work."""
+        micros = range(self.config.optim.accumulation)
+        if number < self.config.optim.steps:
             with contextlib.suppress(Exception):  # what is wrong with it is told when its turn has come
-                self._ahead = (number, *groups[place]), self._made(number, groups[place])
+                self._ahead = (number + 1, *micros), self._made(number + 1, micros)
 
     def _made(self, number: int, micros: Sequence[int]) -> list[Start]:
         config, world, starts = self.config, self.world, []

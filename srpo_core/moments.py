@@ -3,7 +3,9 @@
 Own codes, because a moment that is rounded to the nearest code stays where it is once a step changes it by less than
 half a code's distance: a second moment with beta 0.999 always does, and a first moment would never decay to nothing.
 With stochastic rounding moments are right on average. (torchao's and bitsandbytes' 8-bit AdamW round to the nearest;
-torchao's compiles an update for each shape and draws unseeded random numbers: torchao 0.18, `optim/quant_utils.py`.)
+torchao's compiles an update for each shape and draws unseeded numbers: torchao 0.18, `optim/quant_utils.py`.) With
+noisy gradients of many sizes, what 50 steps add to weights is 4.8 % off what AdamW in float32 adds, and 5.0 % after
+300; with torchao's codes it is 5.1 % and 7.8 %.
 
 - First moments: whole numbers c from -127 to 127 that stand for sign(c) * (c / 127)^2 of the block's largest.
 - Second moments: 0 for zero; c from 1 to 255 stand for 2^((c - 255) / OCTAVE) of the block's scale, a power of two: one

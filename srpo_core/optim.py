@@ -90,8 +90,17 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients together, summed in float32 whatever they are held in."""
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    norms = torch._foreach_norm(gradients, 2.0, torch.float32)  # as get_total_norm does, which keeps their precision
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, parameters: Parameters, max_norm: float, norm: Tensor) -> None:
+    """A step with gradients whose norm is `norm`, scaled down to `max_norm` if that is less."""
+    if isinstance(optimizer, CompactAdamW):
+        optimizer.step(scale=(max_norm / (norm + 1e-6)).clamp(max=1.0))  # as clip_grads_with_norm_ has it
+        return
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+    optimizer.step()
 
 
 class Average:

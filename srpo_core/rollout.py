@@ -31,22 +31,24 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Start:
-    """What a micro-batch's rollout starts from: noise [B, C, h, w] of its prompts, and photos in a sample's place."""
+    """What a micro-batch's rollout starts from: noise [B, C, h, w] of its prompts, and photos in a sample's place.
+
+    Photos [B, 3, H, W] in [0, 1] stay on the host until they are encoded.
+    """
 
     prompts: PromptBatch
     noise: Tensor
     images: Tensor | None
 
     def to(self, device: torch.device) -> Start:
-        """The same on a device; it may still be on its way there when this returns."""
+        """The same with a device; what goes there may still be on its way when this returns."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
-            return pinned.to(device, non_blocking=True)
+        def ready(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
-        embeds = {name: moved(tensor) for name, tensor in self.prompts.embeds.items()}
-        images = moved(self.images) if self.images is not None else None
-        return Start(PromptBatch(self.prompts.prompts, embeds), moved(self.noise), images)
+        embeds = {name: ready(one).to(device, non_blocking=True) for name, one in self.prompts.embeds.items()}
+        images = ready(self.images) if self.images is not None else None
+        return Start(PromptBatch(self.prompts.prompts, embeds), ready(self.noise).to(device, non_blocking=True), images)
 
 
 def called_steps(num_steps: int, calls: int) -> list[int]:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 
 from srpo_core.attention import choose_attention
-from srpo_core.compiling import WARNING, Compiler, make_compiler
+from srpo_core.compiling import WARNING, make_compiler
 from srpo_core.config import RunConfig
-from srpo_core.interfaces import Autoencoder
 from srpo_core.learner import Parts
 from srpo_core.rollout_copy import RolloutCopy
 
@@ -37,16 +36,7 @@ def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Call
         compiler = make_compiler(device, report, one_shape=config.data.photos is None or not config.data.bucket_step)
         if compiler is not None:
             compiler.blocks(flow.module, flow.block_types)
-            _compile_autoencoder(parts.autoencoder, compiler, device)
             notes.append(WARNING)
     if config.rollout.precision == "fp8":
         parts.rollout_copy = RolloutCopy(flow, DTYPES[config.model.dtype], compiler)
     return notes
-
-
-def _compile_autoencoder(autoencoder: Autoencoder, compiler: Compiler, device: torch.device) -> None:
-    """Compile its blocks, with channels innermost on a GPU, where convolutions would bring them there each time."""
-    if hasattr(autoencoder, "block_types"):
-        if device.type == "cuda":
-            autoencoder.module.to(memory_format=torch.channels_last)
-        compiler.blocks(autoencoder.module, autoencoder.block_types)

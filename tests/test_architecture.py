@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ assert not changed, changed
     names = [
         ".".join(("srpo_core", *path.relative_to(ENGINE).with_suffix("").parts)).removesuffix(".__init__")
         for path in FILES
-        if path.name != "__main__.py"
+        if path.name != "__main__.py" and (path.name != "adamw_kernel.py" or find_spec("triton"))
     ]
     done = subprocess.run(
         [sys.executable, "-c", code, *names], capture_output=True, text=True, check=False, cwd=ENGINE.parent

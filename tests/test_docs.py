@@ -16,7 +16,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 FROM_THE_SCRIPTS = DOCS / "from-the-published-scripts.md"
 PAGES = sorted(DOCS.glob("*.md"))
 SETTINGS = {name for name, *_ in describe_fields()}
-COMMANDS = {"train", "sample", "score", "encode", "export", "download", "report", "doctor", "settings"}
+COMMANDS = {"train", "plan", "sample", "score", "encode", "export", "download", "report", "doctor", "settings"}
 SECTIONS = sorted({name.split(".")[0] for name in SETTINGS if "." in name})
 
 FLAGS = [

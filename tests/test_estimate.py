@@ -78,23 +78,30 @@ def shapes(full_size) -> Shapes:
     return shapes_of(RunConfig(reward={"name": "hpsv2"}), full_size)
 
 
+def measured(name: str, monkeypatch) -> dict:
+    """A record of runs; predictions are then for decoders as they were recomputed at its time."""
+    record = json.loads((RESULTS / name).read_text())
+    monkeypatch.setattr("srpo_core.estimate.DECODE_RECOMPUTED", record["machine"]["decoder_bytes_a_pixel"])
+    return record
+
+
 def preset(name: str, *overrides: str) -> RunConfig:
     return load_run(name, overrides)
 
 
-def test_what_runs_measured_is_what_is_predicted(shapes):
-    runs = json.loads((RESULTS / "full_size.json").read_text())["runs"]
-    measured = {run["what"]: run["device_peak_gib"] for run in runs}
+def test_what_runs_measured_is_what_is_predicted(shapes, monkeypatch):
+    runs = measured("full_size.json", monkeypatch)["runs"]
+    peaks = {run["what"]: run["device_peak_gib"] for run in runs}
     for name in ("flux-dev-lora", "flux-dev-lora-24gb"):
         config = preset(name, "optim.accumulation=1")
-        assert estimate(config, shapes).peak / GIB == pytest.approx(measured[f"srpo train {name}, 720 x 720"], rel=0.03)
+        assert estimate(config, shapes).peak / GIB == pytest.approx(peaks[f"srpo train {name}, 720 x 720"], rel=0.03)
     encoding = estimate(preset("flux-dev-lora"), shapes).phases["encoding prompts"]
-    assert encoding / GIB == pytest.approx(measured["srpo encode, T5 in bfloat16"], rel=0.03)
+    assert encoding / GIB == pytest.approx(peaks["srpo encode, T5 in bfloat16"], rel=0.03)
 
 
-def test_rows_of_the_bench_are_predicted(shapes):
+def test_rows_of_the_bench_are_predicted(shapes, monkeypatch):
     """Two steps of many kinds of runs on an H100: within 2 % in all phases, 4 % with what the allocator keeps."""
-    rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
+    rows = measured("memory.json", monkeypatch)["rows"]
     short = shapes_of(RunConfig(reward={"name": "hpsv2"}), FullSize(3, 4))
     names = {"rollout": "rollout", "gradient": "gradient step", "previews": "previews"}
     assert len(rows) >= 12
@@ -102,6 +109,9 @@ def test_rows_of_the_bench_are_predicted(shapes):
         overrides = [word for word in row["settings"] if not word.startswith("model.family=")]
         config = preset("flux-dev-lora", "optim.accumulation=1", *overrides)
         guess = estimate(config, short if "3 + 4 blocks" in name else shapes)
+        if config.model.recompute == "auto":  # what is free is filled with activations
+            assert row["measured_peak_gib"] > 0.98 * guess.peak / GIB and "error" not in row
+            continue
         for phase, ours in names.items():
             assert guess.phases[ours] / GIB == pytest.approx(row["measured_gib"][phase], rel=0.02), (name, phase)
         assert guess.peak / GIB == pytest.approx(row["measured_peak_gib"], rel=0.02), name
@@ -188,7 +198,10 @@ def test_the_change_that_costs_least_is_told_first(shapes):
     assert batch["optim.accumulation"] == 4 * wasteful.optim.accumulation  # as many pictures a step
     told = less_memory(wasteful, shapes)
     assert 0 < told.index("model.recompute=auto: ") < told.index("data.batch_size=1 optim.accumulation=128: ")
-    assert told.endswith(f"; about {estimate(wasteful, shapes).on_card / GIB:.1f} GiB were expected")
+    guess = estimate(wasteful, shapes)
+    assert f"; about {guess.on_card / GIB:.1f} GiB were expected (encoding prompts " in told
+    assert told.endswith(f"gradient step {guess.phases['gradient step'] / GIB:.1f} GiB, previews "
+                         f"{guess.phases['previews'] / GIB:.1f} GiB)")  # fmt: skip
 
 
 def test_a_picture_keeps_its_shape_when_it_gets_smaller(shapes):

@@ -13,6 +13,8 @@ from tiny import tiny_flow, weights_hash
 from torch import nn
 
 from srpo_core.config import OptimConfig
+from srpo_core.errors import NotFiniteError
+from srpo_core.finite import FiniteChecks
 from srpo_core.metrics import Clock, MetricsLog, StepMetrics, peak_memory_gib, read_metrics
 from srpo_core.optim import Average, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from srpo_core.progress import Display
@@ -174,3 +176,47 @@ def test_without_a_terminal_there_is_a_line_every_ten_steps():
 def test_lines_survive_json(tmp_path):
     line = StepMetrics(2, loss=0.5, liked="Concept art", seconds={"total": 1.5}, preview={"reward": 0.1}).line()
     assert json.loads(json.dumps(line)) == line == StepMetrics(**line).line()
+
+
+def test_phases_nest_and_repeat():
+    clock = Clock(lambda: None)
+    with clock.phase("whole"):
+        for _ in range(2):
+            with clock.phase("part"):
+                time.sleep(0.01)
+    seconds = clock.seconds
+    assert 0.02 <= seconds["part"] <= seconds["whole"] <= clock.total()
+
+
+def test_on_a_gpu_phases_are_read_off_its_own_clock_and_only_reading_waits(monkeypatch):
+    """The device's time runs by itself: an event is when the work before it is done."""
+    now, waits = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.at = now[0]
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    clock = Clock(lambda: waits.append(1), torch.device("cuda"))
+    for spent in (2000.0, 500.0):
+        with clock.phase("rollout"):
+            now[0] += spent
+    assert not waits
+    assert clock.seconds == {"rollout": 2.5} and waits == [1]
+
+
+def test_what_is_not_finite_is_named_by_what_came_first():
+    checks = FiniteChecks()
+    checks.require()
+    checks.add(torch.ones(3), "the rollout")
+    with pytest.raises(NotFiniteError, match="the loss of the denoise branch is not finite"):
+        checks.add(torch.tensor([1.0, torch.inf]), "the loss of the denoise branch")
+    with pytest.raises(NotFiniteError, match="the loss of the denoise branch"):
+        checks.add(torch.tensor(torch.nan), "the gradient")

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from srpo_core import checks, plan
 from srpo_core.assemble import assemble
+from srpo_core.card_plan import Cards, plan_cards
 from srpo_core.checks import Footprint, footprint_of
 from srpo_core.cli import main
 from srpo_core.config import ConfigError, RunConfig
@@ -73,17 +74,18 @@ def test_a_run_is_checked_and_told_without_loading_it(files, tmp_path, capsys):
 def test_the_disk_is_asked_before_anything_is_loaded(files, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 300 * 10**9))
-    assert main(["train", "flux-dev", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
+    assert main(["train", "flux-dev-exact", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
     assert "checkpoints need about 399.0 GiB more (133.0 GiB each, 3 at once)" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"399.0 GiB more"):
-        assemble(load_run("flux-dev", [*files, f"output.dir={tmp_path / 'run'}"]))
+        assemble(load_run("flux-dev-exact", [*files, f"output.dir={tmp_path / 'run'}"]))
 
 
 def test_a_device_that_cannot_hold_the_weights_is_refused_before_they_are_read(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checks, "device_memory", lambda device: 80 * 10**9)
-    assert main(["train", "flux-dev", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
+    assert main(["train", "flux-dev-exact", *files, f"output.dir={tmp_path / 'run'}", "--check"]) == 2
     told = capsys.readouterr().err
-    assert "weights, gradients and optimizer alone take 177.3 GiB, cpu has 74.5 GiB; train a LoRA" in told
+    assert "(model.trained_memory=bfloat16 optim.states=8bit: 66.9 GiB)" in told
+    assert "weights, gradients and optimizer alone take 177.3 GiB, cpu has 74.5 GiB; hold them in fewer bits" in told
 
 
 def test_memory_is_counted_by_hand():
@@ -196,3 +198,54 @@ def test_processes_are_counted(tmp_path):
     told = dict(plan_run(config).rows)
     assert told["steps"] == "4, each of 24 pictures on 4 processes"  # 3 micro-batches of 2 on each
     assert "96 pictures of 16 x 16 rolled out" in told["prompts"]
+
+
+# ---- cards that need not be there
+
+
+def planned(capsys, *words: str) -> tuple[int, str]:
+    code = main(["plan", *words])
+    return code, capsys.readouterr().out
+
+
+def test_a_preset_is_planned_without_its_files(capsys):
+    """The published shapes stand in for files that are not named yet."""
+    code, told = planned(capsys, "flux-dev-lora-24gb", "--card-gb", "24", "--tflops", "165")
+    assert code == 0 and "gradient step: 18.6 GiB" in told and "it fits" in told
+    assert "rollout:" in told.partition("time")[2] and "a step" in told
+    code, told = planned(capsys, "flux-dev-exact", "--card-gb", "80")
+    assert code == 2 and "it does not fit" in told and "--tflops says" in told
+    assert "optim.states=8bit model.trained_memory=bfloat16: " in told
+
+
+@pytest.mark.parametrize(
+    ("preset", "card", "fits"),
+    [("flux-dev", 80, True), ("flux-dev", 48, False), ("flux-dev-lora-24gb", 24, True), ("flux-dev-lora", 48, True),
+     ("flux-dev-lora", 24, False), ("flux-dev-lora-16gb", 16, True), ("flux-dev-lora-16gb", 12, False)],
+)  # fmt: skip
+def test_presets_fit_the_cards_that_they_are_for(preset, card, fits):
+    plan = plan_cards(load_run(preset, ["parallel.device=cpu"]), Cards(gib=card))
+    assert plan.fits == fits and bool(plan.advice) != fits
+
+
+def test_larger_pictures_fit_a_card_of_24_gb_too():
+    config = load_run("flux-dev-lora-24gb", ["parallel.device=cpu", "data.height=1024", "data.width=1024"])
+    assert plan_cards(config, Cards(gib=24)).needed.peak < 22 * 2**30
+
+
+def test_several_cards_take_what_one_takes_and_their_connections():
+    config = load_run("flux-dev", ["parallel.device=cpu"])
+    one, two = (plan_cards(config, Cards(gib=80, count=count)).needed for count in (1, 2))
+    assert two.peak == one.peak and two.on_card > one.on_card
+
+
+def test_a_run_with_files_is_planned_by_their_headers(files, capsys, tmp_path):
+    by_files, published = (
+        planned(capsys, "flux-dev-lora", *words, "parallel.device=cpu", "--card-gb", "48") for words in (files, [])
+    )
+    assert by_files == published and by_files[0] == 0
+
+
+def test_a_card_that_is_none_is_refused(capsys):
+    assert main(["plan", "flux-dev", "--card-gb", "0"]) == 2
+    assert "--card-gb 0" in capsys.readouterr().err

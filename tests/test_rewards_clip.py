@@ -16,7 +16,7 @@ from transformers import CLIPModel
 from srpo_core.config import ConfigError, MoreReward, RewardConfig
 from srpo_core.interfaces import Reward
 from srpo_core.miniature.models import WEIGHTS
-from srpo_core.rewards import check_reward, clip, hpsv2, load_rewards, pickscore
+from srpo_core.rewards import REWARDS, check_reward, clip, hpsv2, load_reward, load_rewards, pickscore
 from srpo_core.rewards.clip import OPENAI_MEAN, OPENAI_STD
 from srpo_core.rewards.clip_files import examine_clip, load_clip
 from srpo_core.rewards.images import normalise
@@ -354,3 +354,47 @@ def test_unknown_rewards_are_named_with_the_nearest():
         check_reward(RewardConfig(name="hps"))
     with pytest.raises(ConfigError, match=r"reward.more, name='pickscor': unknown reward; did you mean 'pickscore'"):
         check_reward(RewardConfig(name="miniature", more=[MoreReward(name="pickscor")]))
+
+
+def test_a_text_is_read_once(hps_file, monkeypatch):
+    reward, read = hpsv2.load(RewardConfig(path=str(hps_file)), "cpu"), []
+    features = reward.clip.text_features
+
+    def noted(texts):
+        read.append(list(texts))
+        return features(texts)
+
+    monkeypatch.setattr(reward.clip, "text_features", noted)
+    first = reward(images(), ["Real. a", "Real. b", "Flat. a", "Flat. b"])
+    again = reward(images(), ["Flat. a", "Flat. b", "Real. a", "Real. b"])
+    assert torch.equal(again, first.roll(2))
+    reward(images(), ["Real. a", "Oil. b"])
+    assert read == [["Real. a", "Real. b", "Flat. a", "Flat. b"], ["Oil. b"]]
+    monkeypatch.setattr(clip, "KEPT_TEXTS", 3)
+    reward(images(), ["Oil. c", "Real. a"])
+    assert list(reward._texts) == ["Oil. b", "Oil. c", "Real. a"]  # those asked for last
+    reward(images(), ["Flat. a", "Real. a"])
+    assert read[-1] == ["Flat. a"]
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_in_bfloat16_it_takes_half_the_memory_and_scores_nearly_the_same(tmp_path, state, hps_file, kind):
+    path = hps_file if kind == "open_clip" else in_folder(tmp_path / "model", state)
+    name = "hpsv2" if kind == "open_clip" else "pickscore"
+    images = torch.rand(2, 3, 40, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    scores, sizes = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        reward = load_reward(RewardConfig(name=name, path=str(path), dtype=dtype), "cpu")
+        scores[dtype] = reward(images, ["a cat", "a dog"])
+        sizes[dtype] = sum(p.numel() * p.element_size() for p in reward.module.parameters())
+        scores[dtype].sum().backward()
+        assert scores[dtype].dtype == torch.float32 and images.grad.abs().sum() > 0
+    assert sizes["bfloat16"] * 2 == sizes["float32"]
+    error = (scores["bfloat16"] - scores["float32"]).abs().max()
+    assert 0 < error < 0.06 * scores["float32"].abs().max()
+
+
+def test_other_rewards_stay_in_float32(monkeypatch):
+    monkeypatch.setitem(REWARDS, "imagereward", "toy_run:load_reward")
+    with pytest.raises(ConfigError, match=r"reward\.dtype='bfloat16': imagereward is computed in float32"):
+        load_reward(RewardConfig(name="imagereward", dtype="bfloat16"), "cpu")

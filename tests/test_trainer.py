@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import PROMPTS, tiny_config
+from tiny import PROMPTS, tiny_config, weights_hash
 
 from srpo_core.align import direct_align, sample_align_steps
 from srpo_core.assemble import assemble
@@ -22,7 +22,7 @@ from srpo_core.metrics import Clock, read_metrics
 from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, relative_reward
 from srpo_core.randomness import generator_for
-from srpo_core.rollout import rollout
+from srpo_core.rollout import called_steps, rollout
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +186,52 @@ def test_plain_lines_tell_of_time_left_and_score(tmp_path, capsys):
     assemble(tiny_config(tmp_path)).train()
     out = capsys.readouterr().out
     assert "1/4  score: denoise" in out and "left" in out and "preview at step 4: reward" in out
+
+
+def test_micro_batches_rolled_out_together_are_those_rolled_out_alone(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (40, 24), "olive").save(photos / "0.png")
+    (photos / "0.txt").write_text("an olive wall")
+    more = {"optim__accumulation": 4, "data__photos": str(photos), "data__photo_share": 0.25, "optim__steps": 2}
+    alone = assemble(tiny_config(tmp_path / "alone", **more)).learner
+    together = assemble(tiny_config(tmp_path / "together", rollout__at_once=3, **more)).learner
+    sizes = []
+    velocity = together.flow.velocity
+
+    def counted(latents, *given):
+        sizes.append(len(latents))
+        return velocity(latents, *given)
+
+    together.flow.velocity = counted
+    ours, theirs = (learner._rollouts(1, range(4)) for learner in (together, alone))
+    assert max(sizes) > 2 and sum(sizes) == 3 * 2 * 3  # steps, prompts and micro-batches that aren't photos
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.noise, other.noise) and one.prompts.prompts == other.prompts.prompts
+        torch.testing.assert_close(one.clean, other.clean, rtol=1e-4, atol=1e-5)
+    for step in (1, 2):
+        told, wanted = (learner.step(step, Clock(lambda: None)) for learner in (together, alone))
+        assert told.loss == pytest.approx(wanted.loss, rel=1e-5) and told.source == wanted.source
+
+
+def test_what_is_made_ready_ahead_is_what_would_be_made_then(tmp_path, monkeypatch):
+    ahead = assemble(tiny_config(tmp_path / "ahead", optim__accumulation=2)).learner
+    plain = assemble(tiny_config(tmp_path / "plain", optim__accumulation=2)).learner
+    monkeypatch.setattr(plain, "_look_ahead", lambda _: None)
+    for step in (1, 2, 4):  # 3 is left out: what is there is not what is asked for
+        assert ahead.step(step, Clock(lambda: None)).line() == plain.step(step, Clock(lambda: None)).line()
+        assert (ahead._ahead is None) == (step == 4)  # the last one
+    assert weights_hash(ahead.flow.module) == weights_hash(plain.flow.module)
+
+
+def test_the_model_is_called_as_often_as_the_run_says(tmp_path):
+    learner = assemble(tiny_config(tmp_path, rollout__num_steps=7, rollout__calls=4)).learner
+    levels, velocity = [], learner.flow.velocity
+
+    def noted(latents, sigma, *given):
+        levels.append(float(sigma[0]))
+        return velocity(latents, sigma, *given)
+
+    learner.flow.velocity = noted
+    learner._rollout(1, 0)
+    assert levels == [float(shifted_sigmas(7, 3.0)[step]) for step in called_steps(7, 4)]

@@ -24,6 +24,8 @@ MODELS = {
     "flux": "srpo_core.models.flux:load",
     "miniature": "srpo_core.miniature.models:load",
 }
+SHAPES = {"flux": "srpo_core.models.flux_shapes:load"}
+"""Families whose published shapes are known without files."""
 TRANSFORMERS = {"flux": "srpo_core.models.flux_files:find_transformer"}
 """Families whose transformer's files can be read a tensor at a time, without building a module."""
 
@@ -33,6 +35,11 @@ def load_model(config: ModelConfig, device: torch.device | str) -> Components:
     lora = read_lora(config.lora, "model.lora") if config.lora is not None else None
     components = resolve(MODELS, "model family", config.family)(config, device)
     return components if lora is None else WithLora(components, lora, config.lora_strength)
+
+
+def published_shapes(config: ModelConfig) -> Components | None:
+    """A family's parts for questions of shape, without files; None where only its files tell."""
+    return resolve(SHAPES, "model family", config.family)(config) if config.family in SHAPES else None
 
 
 def find_transformer(config: ModelConfig) -> Part | None:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, FluxTransformer2DModel
-from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -135,9 +134,6 @@ class FluxFlow:
 
 class ImageAutoencoder:
     """A frozen `AutoencoderKL` or `AutoencoderTiny` as an Autoencoder, in the flow model's scaled latents."""
-
-    block_types: tuple[type[nn.Module], ...] = (ResnetBlock2D,)
-    """What is worth compiling: chains of norms and convolutions."""
 
     def __init__(self, module: AutoencoderKL | AutoencoderTiny, recompute: bool | str = True) -> None:
         self.module = module.requires_grad_(False).eval()

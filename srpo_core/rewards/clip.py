@@ -13,7 +13,7 @@ from transformers import CLIPModel
 
 from srpo_core.config import MoreReward, RewardConfig
 
-from .images import Fit, normalise, square
+from .images import Fit, prepared
 from .recompute import recompute
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class TransformersClip:
             recompute(module.vision_model.encoder.layers)
 
     def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
-        pixels = square(images.to(self.module.dtype), self.size, fit)
-        return _tensor(self.module.get_image_features(pixel_values=normalise(pixels, self.mean, self.std)))
+        pixels = prepared(images, self.size, fit, self.mean, self.std, self.module.dtype)
+        return _tensor(self.module.get_image_features(pixel_values=pixels))
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -74,6 +74,11 @@ class TransformersClip:
 def _tensor(output: Any) -> Tensor:
     """What `get_image_features` or `get_text_features` returns: since transformers 5 an object that holds it."""
     return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 is too coarse for resizing, and scores would come in steps of 0.001."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class OpenClip:
@@ -91,18 +96,13 @@ class OpenClip:
         recompute(module.visual.transformer.resblocks)
 
     def image_features(self, images: Tensor, fit: Fit = "crop") -> Tensor:
-        pixels = square(images.to(self.module.logit_scale.dtype), self.size, fit)
-        return self.module.encode_image(normalise(pixels, self.mean, self.std))
+        dtype = self.module.logit_scale.dtype
+        return self.module.encode_image(prepared(images, self.size, fit, self.mean, self.std, dtype))
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenize(list(texts)).to(self.module.logit_scale.device, non_blocking=True)
         return self.module.encode_text(tokens)
-
-
-def _wide(features: Tensor) -> Tensor:
-    """In float32 at least: in bfloat16 scores would come in steps of 0.001."""
-    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 class ClipReward:

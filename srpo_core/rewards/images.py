@@ -41,6 +41,14 @@ def square(images: Tensor, size: int, fit: Fit) -> Tensor:
     return (resize_pad if fit == "pad" else resize_crop)(images, size)
 
 
+def prepared(
+    images: Tensor, size: int, fit: Fit, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """[B, 3, H, W] in [0, 1] -> what a tower takes, [B, 3, size, size] in `dtype`; worked out in float32 at least."""
+    wide = images.to(torch.promote_types(dtype, torch.float32))
+    return normalise(square(wide, size, fit), mean, std).to(dtype)
+
+
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel."""
     shift, width = (_channels(tuple(values), images.device, images.dtype) for values in (mean, std))
