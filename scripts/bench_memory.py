@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from srpo_core.assemble import assemble
 from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.description import load_run
+from srpo_core.devices import choose_device
 from srpo_core.duration import matmul_rate
 from srpo_core.estimate import DECODE_RECOMPUTED, estimate, shapes_of
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
 from srpo_core.models.flux import BLOCKS, DTYPES, FluxFlow, ImageAutoencoder
-from srpo_core.parallel import choose_device
 from srpo_core.weights.compressed import fill_compressed
 from srpo_core.weights.loading import empty_parameters, fill
 
@@ -127,6 +127,12 @@ class RandomFlux(Components):
         if self._config.recompute:
             module.enable_gradient_checkpointing()
         return FluxFlow(module, 8, dtype)
+
+    def empty_flow(self) -> tuple[FluxFlow, Iterator[tuple[str, Tensor]]]:
+        module = self._empty()
+        if self._config.recompute:
+            module.enable_gradient_checkpointing()
+        return FluxFlow(module, 8, DTYPES[self._config.dtype]), numbers(self._empty(), self._device)
 
     def _empty_autoencoder(self) -> nn.Module:
         from diffusers import AutoencoderKL

@@ -24,14 +24,15 @@ from pathlib import Path
 import torch
 from bench_memory import RandomFlux, gib, numbers
 
-from srpo_core.assemble import _prepare
+from srpo_core.assemble import trained_flow
 from srpo_core.config import RunConfig
 from srpo_core.description import load_run
+from srpo_core.devices import make_world
 from srpo_core.duration import count_work, matmul_rate
 from srpo_core.flow import shifted_sigmas
 from srpo_core.learner import Learner, Parts
 from srpo_core.metrics import Clock
-from srpo_core.parallel import World, make_world
+from srpo_core.parallel import World
 from srpo_core.preference import ControlWords
 from srpo_core.prompts import prompt_sequence
 from srpo_core.rewards.clip import ClipReward, OpenClip
@@ -79,16 +80,13 @@ def describe(settings: str, tiny: bool) -> RunConfig:
     return load_run("flux-dev-exact", [*base, *settings.split(), *(TINY.split() if tiny else [])])
 
 
-def build(config: RunConfig, tiny: bool) -> tuple[RandomFlux, Parts, Learner]:
+def build(config: RunConfig, tiny: bool, world: World) -> tuple[RandomFlux, Parts, Learner]:
     """Random parts and a learner of them."""
-    world = make_world(config.parallel)
     components = RandomFlux(config.model, world.device, *(((1, 1), 2) if tiny else ((19, 38), 24)))
-    components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
-    flow = components.flow
-    _prepare(config, flow, None)
+    flow, _ = trained_flow(config, components, world)
     words = ControlWords(config.reward.liked, config.reward.disliked)
     data = TrainingData(config.seed, (config.data.height, config.data.width), config.data.batch_size)
-    length = config.optim.steps * config.optim.accumulation * config.data.batch_size
+    length = config.optim.steps * config.optim.accumulation * config.data.batch_size * world.parts
     texts = components.prompts["train"]
     data = TrainingData(
         data.seed, data.size, data.batch_size, prompt_sequence(components.text_encoder, texts, 0, length)
@@ -114,7 +112,7 @@ def random_reward(device: torch.device, tiny: bool, dtype: torch.dtype) -> ClipR
 def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, object]:
     """A row: seconds by phase, memory, rates, and how far its rollouts are from the exact ones."""
     start = time.perf_counter()
-    components, parts, learner = build(config, tiny)
+    components, parts, learner = build(config, tiny, make_world(config.parallel))
     device, row = learner.world.device, {}
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -17,12 +17,12 @@ from srpo_core.align import AlignStep, align_step_at, direct_align, one_step_pre
 from srpo_core.align_view import psnr
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run
+from srpo_core.devices import make_world
 from srpo_core.files import write_atomic
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Components
 from srpo_core.intervals import Interval, bootstrap_ci
 from srpo_core.models import load_model
-from srpo_core.parallel import make_world
 from srpo_core.preview import to_pil
 from srpo_core.prompts import encode, read_prompts
 from srpo_core.randomness import fixed_noise

@@ -15,13 +15,14 @@ from torch import nn
 from srpo_core.buckets import batch_order
 from srpo_core.checks import Ready, check_run, size_notes
 from srpo_core.config import RunConfig
+from srpo_core.devices import make_world, training_world
 from srpo_core.embeddings import BATCH_SIZE, StoredPrompts, embedding_cache, encode
 from srpo_core.errors import enough_memory
 from srpo_core.fitting import memory_advice
-from srpo_core.interfaces import PromptBatch, TrainableFlow
+from srpo_core.interfaces import Components, PromptBatch, TrainableFlow
 from srpo_core.learner import Parts
 from srpo_core.lora import add_lora, lora_alpha, lora_targets, start_from
-from srpo_core.parallel import divided_world, make_world
+from srpo_core.parallel import World
 from srpo_core.photos import Photo
 from srpo_core.preference import ControlWords
 from srpo_core.progress import Display
@@ -32,6 +33,7 @@ from srpo_core.rewards.mixture import blind_notes
 from srpo_core.rewards.trial import try_rewards
 from srpo_core.run_folder import check_start
 from srpo_core.session import Outcome, Session
+from srpo_core.sharding import fill_parts, looks_whole, move_whole, shard
 from srpo_core.speed import speed_up
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import PROBE_PROMPTS, Trainer
@@ -45,7 +47,7 @@ def train_run(config: RunConfig, resume: bool = False) -> Outcome:
     It is this process's part of one, if torchrun started several. A request to stop is heeded once every check without
     weights has passed.
     """
-    world = divided_world(config.parallel)
+    world = training_world(config.parallel)
     session, ready = Session(config, world), None
     at_once = contextlib.nullcontext  # several talk to each other meanwhile
     if world.size == 1:
@@ -77,16 +79,15 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     advice = "try model.t5_memory=8bit or offload"
     with display, display.during("encoding prompts"), enough_memory("encoding prompts", advice):
         _encode_together(config, ready, session)
-        data, encoded = _encode(config, ready, world.size, display)
+        data, encoded = _encode(config, ready, world.parts, display)
     components.release("text_encoder")
     words = ControlWords(config.reward.liked, config.reward.disliked)
     advice = "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"
     with display.during("loading the models"), enough_memory("loading the models", advice):
         rewards = load_rewards(config.reward, world.device)
         try_rewards(rewards, words, config.data.height, config.data.width, world.device)
-        components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
-        flow, autoencoder = components.flow, components.autoencoder
-        lora = _prepare(config, flow, inputs.start)
+        flow, lora = trained_flow(config, components, world, inputs.start)
+        autoencoder = components.autoencoder
     notes = photo_notes(inputs.photos, photo_sizes(config.data, inputs.photos))
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
@@ -114,7 +115,7 @@ def _encode_together(config: RunConfig, ready: Ready, session: Session) -> None:
     if cache is None:
         return
     micros = config.optim.steps * config.optim.accumulation
-    on_photos, on_prompts = (turns * world.size for turns in sources(data, config.seed, micros))
+    on_photos, on_prompts = (turns * world.parts for turns in sources(data, config.seed, micros))
     texts = list(_held_out(config, ready))
     if on_prompts:
         order = shuffled_order(config.seed, len(ready.prompts), on_prompts * data.batch_size)
@@ -132,7 +133,7 @@ def _encode_together(config: RunConfig, ready: Ready, session: Session) -> None:
 
 
 def _encode(
-    config: RunConfig, ready: Ready, processes: int, display: Display | None
+    config: RunConfig, ready: Ready, parts: int, display: Display | None
 ) -> tuple[TrainingData, PromptBatch | StoredPrompts]:
     """What is trained on, and the held-out prompts."""
     data, text_encoder, photos = config.data, ready.components.text_encoder, ready.inputs.photos
@@ -140,7 +141,7 @@ def _encode(
     display = display if cache is not None else None
     encoded = encode(text_encoder, _held_out(config, ready), cache=cache, display=display)
     micros = config.optim.steps * config.optim.accumulation
-    on_photos, on_prompts = (turns * processes for turns in sources(data, config.seed, micros))
+    on_photos, on_prompts = (turns * parts for turns in sources(data, config.seed, micros))
     train = TrainingData(config.seed, (data.height, data.width), data.batch_size, photo_share=data.photo_share)
     if on_prompts:
         length = on_prompts * data.batch_size
@@ -157,8 +158,37 @@ def _encode(
     return train, encoded
 
 
+def trained_flow(
+    config: RunConfig, components: Components, world: World, start: Lora | None = None
+) -> tuple[TrainableFlow, dict[str, object] | None]:
+    """The flow as this process trains it, be it a part of one; and what state.json tells of its LoRA."""
+    components.full_precision = not config.lora.rank and config.model.trained_memory == "float32"
+    sharded = world.keeps_step and config.parallel.strategy != "replicate"
+    flow = _sharded(config, components, world) if sharded else components.flow
+    lora = _prepare(config, flow, start)
+    if lora is not None:
+        move_whole(flow.module, world.device)
+    if world.context > 1:
+        flow.share_tokens(world)
+    return flow, lora
+
+
+def _sharded(config: RunConfig, components: Components, world: World) -> TrainableFlow:
+    """The flow with this process's part of each weight: read one at a time, where the family can."""
+    dtype = getattr(torch, config.model.dtype)
+    flow, stream = components.empty_flow() or (components.flow, None)
+    _cast(flow.module.requires_grad_(not config.lora.rank), dtype if config.lora.rank else torch.float32)
+    shard(flow, world, config.parallel, dtype)
+    if stream is not None:
+        fill_parts(flow.module, stream, torch.device("cpu") if config.parallel.offload else world.device)
+    return flow
+
+
 def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict[str, object] | None:
-    """Leave a gradient to what is trained, in model.trained_memory: all weights, or a LoRA beside frozen ones."""
+    """Leave a gradient to what is trained, in model.trained_memory: all weights, or a LoRA beside frozen ones.
+
+    A LoRA beside a sharded model is whole on every process: it is put there when the model is in parts already.
+    """
     module: nn.Module = flow.module.eval()
     held = getattr(torch, config.model.trained_memory)
     if not config.lora.rank:
@@ -166,7 +196,8 @@ def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict
         return None
     targets = lora_targets(flow.lora_targets, config.lora.targets)
     _cast(module, getattr(torch, config.model.dtype))
-    add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
+    with looks_whole(module):
+        add_lora(module, config.lora, targets, generator_for(config.seed, 0, 0, "lora"))
     if start is not None:
         start_from(module, config.lora, start)
     for parameter in module.parameters():
@@ -178,5 +209,6 @@ def _prepare(config: RunConfig, flow: TrainableFlow, start: Lora | None) -> dict
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters to `dtype`; buffers, such as tables of angles, keep the precision that the family chose for them."""
     for parameter in module.parameters():
-        if parameter.is_floating_point() and parameter.itemsize > 1:  # not the codes of a matrix in 8 bits
+        codes = parameter.itemsize == 1  # of a matrix in 8 bits
+        if parameter.is_floating_point() and not codes and parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)

@@ -15,7 +15,7 @@ from srpo_core.files import size_text
 from srpo_core.fitting import what_would_fit, with_changes
 from srpo_core.interfaces import Components
 from srpo_core.models import load_model, published_shapes
-from srpo_core.parallel import choose_device
+from srpo_core.devices import choose_device
 from srpo_core.time_words import duration_text
 
 USABLE = 0.98
@@ -56,7 +56,7 @@ class CardPlan:
         """(what, in words); a name that is empty goes on with the row before."""
         parallel = self.config.parallel
         gpus = parallel.processes * parallel.nodes
-        strategy = getattr(parallel, "strategy", "replicate")
+        strategy = parallel.strategy
         yield "gpus", f"{gpus}" + (f", parallel.strategy={strategy}" if gpus > 1 else "")
         for i, (phase, size) in enumerate(self.needed.phases.items()):
             yield "memory" if not i else "", f"{phase}: {size_text(size)}"

@@ -4,21 +4,25 @@ weights.safetensors     the trained parameters, by their names in the module
 ema.safetensors         their running average, if the run keeps one
 optimizer.safetensors   `<parameter>/<state>`
 state.json              {"format", "step", "best", "lora", "metrics", "trained_on", "processes"}
+
+Where processes held parts of the model, folders `weights`, ... of their parts take the files' places: whoever reads a
+checkpoint needs no other processes, and sees no difference (sharded_checkpoint.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +30,10 @@ from srpo_core.config import LoraConfig
 from srpo_core.errors import TrainingError
 from srpo_core.files import sync
 from srpo_core.lora import add_lora, has_lora
-from srpo_core.weights.tensors import WeightsError, open_tensors
+from srpo_core.parallel import World
+from srpo_core.sharded_checkpoint import Saved, is_saved, open_saved, saved_path
+from srpo_core.sharding import is_part
+from srpo_core.weights.tensors import DTYPES, WeightsError
 
 FORMAT = 1
 _NAME = re.compile(r"step-\d{6,}")
@@ -80,18 +87,29 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def read_tensors(folder: Path, name: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The tensors of one of a checkpoint's files ("weights", "ema", "optimizer"). TrainingError if it is damaged."""
-    path = folder / f"{name}.safetensors"
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """A checkpoint's "weights", "ema" or "optimizer", whole, on the CPU. TrainingError if a file is damaged."""
+    with _readable(folder, name) as saved:
+        return {key: saved.read(key) for key in saved.info}
+
+
+def read_shapes(folder: Path, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The shapes and dtypes of what `read_tensors` reads."""
+    with _readable(folder, name) as saved:
+        return {key: (info.shape, DTYPES[info.dtype]) for key, info in saved.info.items()}
+
+
+@contextlib.contextmanager
+def _readable(folder: Path, name: str) -> Iterator[Saved]:
+    """A checkpoint's tensors; inside the context, a file that can't be read is a TrainingError."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        yield open_saved(folder, name)
+    except WeightsError as error:
+        raise _unreadable(saved_path(folder, name), error.reason) from error
 
 
 def _unreadable(path: Path, error: Exception | str) -> TrainingError:
-    folder = path.parent
+    folder = path.parent.parent if path.parent.name in ("weights", "ema", "optimizer") else path.parent
     older = [other.name for other in list_checkpoints(folder.parent.parent) if other != folder]
     way_out = f"to go on from {older[-1]}" if older else "to start over from the base model"
     return TrainingError(f"the checkpoint file {path} can't be read: {error}; remove the folder {folder} {way_out}")
@@ -107,28 +125,28 @@ def load_weights(folder: Path, module: nn.Module, averaged: bool | None = None) 
     if state["lora"] and not has_lora(module):
         settings = state["lora"]
         add_lora(module, LoraConfig(rank=settings["rank"], alpha=settings["alpha"]), settings["targets"])
-    has_average = (folder / "ema.safetensors").is_file()
-    name = "ema" if averaged or (averaged is None and has_average) else "weights"
+    name = "ema" if averaged or (averaged is None and is_saved(folder, "ema")) else "weights"
     copy_tensors(folder, name, dict(module.named_parameters()))
 
 
 @torch.no_grad()
 def copy_tensors(folder: Path, name: str, targets: Mapping[str, Tensor], exactly: bool = False) -> None:
-    """Copy "weights" or "ema" of a checkpoint into tensors of the same names; `exactly`: none may be left out."""
-    path = folder / f"{name}.safetensors"
-    try:
-        file = open_tensors(path, "")
-        problems = [f"{key} {list(i.shape)}" for key, i in file.info.items() if _shape(targets, key) != i.shape]
-        problems += [f"{key} is missing" for key in targets if exactly and key not in file]
+    """Copy a checkpoint's tensors into those of the same names; `exactly`: none may be left out.
+
+    Of tensors that are spread over processes each reads its part alone.
+    """
+    with _readable(folder, name) as saved:
+        problems = [f"{key} {list(i.shape)}" for key, i in saved.info.items() if _shape(targets, key) != i.shape]
+        problems += [f"{key} is missing" for key in targets if exactly and key not in saved.info]
         if problems:
             raise TrainingError(
-                f"{path} doesn't fit the model ({len(problems)} tensors, such as {problems[0]});"
+                f"{saved.path} doesn't fit the model ({len(problems)} tensors, such as {problems[0]});"
                 " check model.family, model.path and the lora settings"
             )
-        for key in file.info:
-            targets[key].copy_(file.read(key))  # one at a time
-    except WeightsError as error:
-        raise _unreadable(path, error.reason) from error
+        for key in saved.info:
+            if not is_part(targets[key]):
+                targets[key].copy_(saved.read(key))  # one at a time
+        saved.read_into({key: targets[key] for key in saved.info if is_part(targets[key])})
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
@@ -141,27 +159,74 @@ def save(run_dir: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tens
     `tensors` maps file names ("weights", ...) to their tensors; `state` is what state.json adds to format and step.
     """
     folder = checkpoint_folder(run_dir, step)
-    beside = folder.with_name(f".tmp-{folder.name}")
     lora = state.get("lora")  # told as diffusers tells it: the file is a LoRA of its own, with the right alpha
     metadata = {"lora_adapter_metadata": json.dumps({"lora_alpha": lora["alpha"]})} if lora else None
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    with _refusals_told(run_dir, step):
+        beside = _begin(folder)
         for name, named in tensors.items():
             path = beside / f"{name}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in named.items()}, path, metadata)
             sync(path)
-        path = beside / "state.json"
-        path.write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
-        sync(path)
-        sync(beside)
-        _remove(folder)
-        os.replace(beside, folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise _refused(run_dir, step, error) from error
+        _complete(folder, step, state)
     return folder
+
+
+def save_parts(
+    world: World, run_dir: Path | str, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """`save` where processes hold parts: all call it, each writes its own, and the main one completes the checkpoint.
+
+    The folder has to be the same on all machines.
+    """
+    folder = checkpoint_folder(run_dir, step)
+    with world.together(), _refusals_told(run_dir, step):
+        if world.is_main:
+            beside = _begin(folder)
+            for name in tensors:
+                (beside / name).mkdir()
+    from srpo_core.parts_storage import write_parts
+
+    with _refusals_told(run_dir, step):
+        for name, named in tensors.items():
+            write_parts(_beside(folder) / name, named)
+    with world.together(), _refusals_told(run_dir, step):
+        if world.is_main:
+            _complete(folder, step, state)
+    return folder
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".tmp-{folder.name}")
+
+
+def _begin(folder: Path) -> Path:
+    """An empty folder beside a checkpoint's place."""
+    beside = _beside(folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    return beside
+
+
+def _complete(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+    """Give what was written beside a checkpoint's place its state and its name."""
+    beside = _beside(folder)
+    path = beside / "state.json"
+    path.write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1), encoding="utf-8")
+    sync(path)
+    sync(beside)
+    _remove(folder)
+    os.replace(beside, folder)
+    sync(folder.parent)
+
+
+@contextlib.contextmanager
+def _refusals_told(run_dir: Path | str, step: int) -> Iterator[None]:
+    """Inside the context what keeps a checkpoint from being written is a TrainingError, and nothing is left of it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(_beside(checkpoint_folder(run_dir, step)), ignore_errors=True)
+        raise _refused(run_dir, step, error) from error
 
 
 def _refused(run_dir: Path | str, step: int, error: Exception) -> TrainingError:

@@ -19,9 +19,18 @@ from srpo_core.photos import Photo, check_whole, find_photos
 from srpo_core.prompts import read_prompts, without_held_out
 from srpo_core.rewards import check_reward
 from srpo_core.run_folder import check_space
+from srpo_core.sharding import is_sharded, shards
 from srpo_core.training_data import needs_prompts, photo_sizes, sources
 from srpo_core.weights.fp8_linear import check_fp8
 from srpo_core.weights.lora_names import Lora
+
+WHOLE = {
+    "model.frozen_memory": "full",
+    "model.trained_memory": "float32",
+    "optim.states": "float32",
+    "rollout.precision": "model",
+}
+"""What a model in parts needs of settings that hold numbers in fewer bits: its parts are small as they are."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,13 @@ class Footprint:
     """Layers that get a LoRA; 0 where all parameters are trained."""
 
     def least_bytes(self, config: RunConfig) -> int:
-        """Memory for weights, gradients and optimizer: more is needed, less can't be."""
+        """Memory of a GPU for weights, gradients and optimizer: more is needed, less can't be."""
+        if config.parallel.offload:
+            return 0
         number = 2 if config.model.dtype == "bfloat16" else 4
         frozen = FROZEN_BYTES.get(config.model.frozen_memory, number)  # nearly all of them are matrices
-        return round(self.trained * (self.held(config) + self.held_while_training(config)) + self.frozen * frozen)
+        whole = self.trained * (self.held(config) + self.held_while_training(config)) + self.frozen * frozen
+        return round(whole / shards(config.parallel))
 
     def held(self, config: RunConfig) -> float:
         """Bytes on the device for each trained number, all the time: the weight, its moments, its average."""
@@ -100,7 +112,7 @@ def check_files(config: RunConfig) -> Inputs:
             f"model.frozen_memory={config.model.frozen_memory!r} freezes the matrices, and lora.rank=0 trains them; set"
             " lora.rank=16, say, or model.frozen_memory=full"
         )
-    if config.optim.states == "8bit" and getattr(config.parallel, "strategy", "replicate") != "replicate":
+    if config.optim.states == "8bit" and config.parallel.strategy != "replicate":
         complaints.append(
             f"optim.states='8bit' with parallel.strategy={config.parallel.strategy!r}: sharded weights have moments"
             " in float32; set optim.states=float32"
@@ -163,6 +175,8 @@ def _check_model(config: RunConfig) -> None:
 def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: torch.device) -> Footprint:
     """ConfigError if the model, as far as its outline tells, can't take the sizes, the LoRA or the device's memory."""
     _check_sizes(config, flow, inputs.photos)
+    size = (config.data.height, config.data.width)
+    check_sharing(config, flow, sorted({size, *photo_sizes(config.data, inputs.photos)}))
     if inputs.start is not None:
         check_start(inputs.start, config.lora, flow)
     if config.rollout.precision == "fp8":
@@ -187,6 +201,35 @@ def _fewer_bits(config: RunConfig, footprint: Footprint, total: int) -> str:
     least = footprint.least_bytes(narrow)
     fewer = f"hold them in fewer bits (model.trained_memory=bfloat16 optim.states=8bit: {least / 2**30:.1f} GiB)"
     return f"{fewer}, or train a LoRA (lora.rank=16)" if least < total else "train a LoRA (lora.rank=16)"
+
+
+def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:
+    """ConfigError if settings of several processes don't go together, or with the model and the sizes of pictures."""
+    parallel = config.parallel
+    for name, needed in WHOLE.items() if parallel.strategy != "replicate" else ():
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        if value != needed:
+            raise ConfigError(
+                f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
+                f" {name}={needed} or parallel.strategy=replicate"
+            )
+    lonely = not is_sharded(parallel)
+    stays = parallel.gathered != "layer" and parallel.strategy == "replicate"  # one process alone has gathered all
+    for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays)):
+        if useless:
+            raise ConfigError(
+                f"parallel.{name}={getattr(parallel, name)!r} is for a model in parts: set parallel.strategy=shard and"
+                f" parallel.processes above 1, or leave parallel.{name} out"
+            )
+    if parallel.context > 1:
+        check = getattr(flow, "check_context", None)
+        if check is None:
+            raise ConfigError(
+                f"parallel.context={parallel.context}: model.family={config.model.family!r} can't share a picture among"
+                " processes (choices: 1)"
+            )
+        check(parallel.context, sizes)
 
 
 def check_size(flow: TrainableFlow, height: int, width: int) -> None:

@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        from srpo_core.parallel import process_name
+        from srpo_core.devices import process_name
 
         print(f"{process_name()}: {error}", file=sys.stderr)
         return code

@@ -363,6 +363,29 @@ class ParallelConfig(Section):
     rendezvous: str = Field(
         "", description="host:port of machine 0, where the machines find each other, such as 10.0.0.5:29500"
     )
+    strategy: Literal["replicate", "shard", "hybrid"] = Field(
+        "replicate",
+        description="what each of several processes holds of the model: all of it; its part of every block and of its"
+        " optimizer state, gathered when the block is used (FSDP); or hybrid: a part within a machine, the same on each"
+        " machine",
+    )
+    context: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes that share one picture's tokens (Ulysses), for pictures too large for one GPU; they"
+        " train on the same prompts, so that a step has 1 / context of the pictures",
+    )
+    offload: bool = Field(
+        False,
+        description="keep the parts of a sharded model and its optimizer on the host: least GPU memory, slow steps",
+    )
+    gathered: Literal["layer", "rollout", "step"] = Field(
+        "layer",
+        description="how long a sharded model's gathered weights stay: while a block is used; from the first to the"
+        " last model call of a rollout; or for the whole step: fewer transfers, and room for all of the model in"
+        " model.dtype",
+    )
 
 
 class OutputConfig(Section):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srpo_core.config import ConfigError, RunConfig
+from srpo_core.devices import divided_world
 from srpo_core.embeddings import EmbeddingCache, embedding_cache, encode
 from srpo_core.interfaces import Components
 from srpo_core.models import load_model
-from srpo_core.parallel import World, divided_world
+from srpo_core.parallel import World
 from srpo_core.photos import find_photos
 from srpo_core.progress import Display
 from srpo_core.prompts import read_prompts

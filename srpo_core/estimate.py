@@ -17,6 +17,7 @@ from srpo_core.checks import FROZEN_BYTES, Footprint, footprint_of
 from srpo_core.config import LoraConfig, MoreReward, RewardConfig, RunConfig
 from srpo_core.interfaces import Components, TrainableFlow
 from srpo_core.lora import linear_shapes, target_shapes
+from srpo_core.sharding import shards
 
 CONTEXT = 600 * 2**20
 """Bytes that CUDA itself and its libraries take in a process."""
@@ -162,11 +163,11 @@ class Estimate:
 def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     """A run's memory by phase. ConfigError if lora.targets or the size can't be used."""
     model, data, footprint = config.model, config.data, footprint_of(config, shapes.flow)
-    number, parts = NARROW if model.dtype == "bfloat16" else 4, _parts(config)
+    number, parts = NARROW if model.dtype == "bfloat16" else 4, shards(config.parallel)
     still = WORKSPACE + number * shapes.autoencoder + _reward_bytes(config, shapes)
     still += _frozen_bytes(config, footprint, shapes) // parts + _gathered(config, shapes, parts)
-    trained = round(footprint.trained * footprint.held(config)) // parts
-    gradients = round(footprint.trained * footprint.held_while_training(config)) // parts
+    here = 0 if config.parallel.offload else footprint.trained / parts  # or else on the host
+    trained, gradients = round(here * footprint.held(config)), round(here * footprint.held_while_training(config))
     rolled_out = trained + (gradients if config.optim.accumulation > 1 else 0)
     size = (data.height, data.width)
     together = min(config.rollout.at_once, config.optim.accumulation)
@@ -183,19 +184,12 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     return Estimate(phases, CONTEXT + (SEVERAL if several else 0))
 
 
-def _parts(config: RunConfig) -> int:
-    """How many processes share a copy of the model and of its optimizer's state."""
-    parallel = config.parallel
-    across = {"shard": parallel.processes * parallel.nodes, "hybrid": parallel.processes}
-    return across.get(getattr(parallel, "strategy", "replicate"), 1)
-
-
 def _gathered(config: RunConfig, shapes: Shapes, parts: int) -> int:
     """What a process holds of the others' parts: the block at work and the next one, or all of a step's."""
     if parts == 1:
         return 0
     number = NARROW if config.model.dtype == "bfloat16" else 4
-    whole = getattr(config.parallel, "gathered", "layer") != "layer"
+    whole = config.parallel.gathered != "layer"
     return number * (_count(shapes.flow.module) if whole else 2 * shapes.largest_block)
 
 
@@ -224,7 +218,9 @@ def _text_bytes(config: RunConfig, shapes: Shapes) -> int:
 
 def _narrow_copies(config: RunConfig, footprint: Footprint) -> int:
     """Trained weights in bfloat16 beside those in float32, as long as a forward pass lasts."""
-    cast = config.model.dtype == "bfloat16" and config.model.trained_memory == "float32" and _parts(config) == 1
+    cast = (
+        config.model.dtype == "bfloat16" and config.model.trained_memory == "float32" and shards(config.parallel) == 1
+    )
     return NARROW * footprint.trained if cast else 0
 
 

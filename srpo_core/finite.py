@@ -9,17 +9,21 @@ from srpo_core.errors import NotFiniteError
 
 
 class FiniteChecks:
-    """Tensors of a step that have to be finite, in the order in which they came up."""
+    """Tensors of a step that have to be finite, in the order in which they came up.
 
-    def __init__(self) -> None:
+    `early`: what is on the CPU is checked as soon as it is added.
+    """
+
+    def __init__(self, early: bool = True) -> None:
+        self._early = early
         self._flags: list[Tensor] = []
         self._names: list[str] = []
 
     def add(self, value: Tensor, what: str) -> None:
-        """Have a tensor checked; it is called `what` in the error. One on the CPU is checked now."""
+        """Have a tensor checked; it is called `what` in the error."""
         self._flags.append(torch.isfinite(value).all())
         self._names.append(what)
-        if value.device.type == "cpu":
+        if self._early and value.device.type == "cpu":
             self.require()
 
     def require(self) -> None:

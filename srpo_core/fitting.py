@@ -52,7 +52,7 @@ def _narrower(config: RunConfig) -> Iterator[Change]:
     """Changes that hold the same things in fewer bits: the reward, moments, trained weights."""
     if _has_wide_reward(config):
         yield {"reward.dtype": "bfloat16"}
-    if getattr(config.parallel, "strategy", "replicate") != "replicate":  # shards hold moments in float32
+    if config.parallel.strategy != "replicate":  # shards hold moments in float32
         return
     states = {"optim.states": "8bit"} if config.optim.states == "float32" else {}
     weights = {}

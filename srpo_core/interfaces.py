@@ -7,7 +7,7 @@ Images are RGB in [0, 1]; latents are spatial everywhere (a model packs tokens i
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -135,6 +135,13 @@ class Components:
     def outline(self) -> TrainableFlow:
         """The flow for questions of shape: a large family that has not loaded it answers with a module on meta."""
         return self.flow
+
+    def empty_flow(self) -> tuple[TrainableFlow, Iterator[tuple[str, Tensor]]] | None:
+        """The flow with its parameters on meta, and their values one at a time on the device, in the dtype of `flow`.
+
+        None where a family loads it in one piece. A process that keeps a part of each has no room for all of them.
+        """
+        return None
 
     def autoencoder_outline(self) -> Autoencoder:
         """The autoencoder for questions of shape, as `outline`."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
 from srpo_core.attention import Attention
-from srpo_core.checkpoint import copy_tensors, read_tensors
+from srpo_core.checkpoint import copy_tensors, read_shapes
 from srpo_core.compiling import Compiler
 from srpo_core.config import RunConfig
 from srpo_core.errors import blamed_on
@@ -36,9 +35,21 @@ from srpo_core.parallel import World
 from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
-from srpo_core.rewards.mixture import WeightedReward, weighted_mean
+from srpo_core.rewards.mixture import WeightedReward
 from srpo_core.rollout import Rollout, Start, each_of, rollout, rollout_from_images
 from srpo_core.rollout_copy import RolloutCopy
+from srpo_core.sharding import (
+    gathered,
+    hand_over_gradients,
+    is_part,
+    like,
+    part_of,
+    parts_of,
+    settle,
+    sum_over_machines,
+    whole_norm,
+)
+from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData
 
 
@@ -79,7 +90,7 @@ class Learner:
     """
 
     def __init__(self, config: RunConfig, world: World, parts: Parts, check: Callable[[], None] = lambda: None) -> None:
-        self.config, self.world, self._check = config, world, check
+        self.config, self.world, self._check = config, world, world.agreed(check)
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
         self.attention, self._copy, self._compiler = parts.attention, parts.rollout_copy, parts.compiler
@@ -88,8 +99,13 @@ class Learner:
             memory = CudaMemory(world.device)
             keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trained, config.optim, config.seed)
-        self.average = Average(self.trained, config.optim.ema_decay) if config.optim.ema_decay else None
+        self.parts = parts_of(self.trained)
+        """What this process holds of `trained`, as the optimizer and the average know it."""
+        self.optimizer = make_optimizer(self.parts, config.optim, config.seed)
+        self.is_sharded = self.parts is not self.trained
+        """Whether what is trained is spread over processes; a LoRA beside a sharded model isn't."""
+        decay = config.optim.ema_decay
+        self.average = Average(self.parts, decay, self.is_sharded) if decay else None
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
@@ -102,44 +118,53 @@ class Learner:
 
     def _step(self, number: int, clock: Clock) -> StepMetrics:
         words = self.words.pair(number)
-        tally, finite = _Tally(self.rewards), FiniteChecks()
+        tally, finite = Tally(self.rewards), FiniteChecks(early=not self.world.keeps_step)
         try:
-            with self.world.together():
-                with clock.phase("rollout"):
-                    rollouts = self._rollouts(number, range(self.config.optim.accumulation))
-                with clock.phase("gradient"), self.attention.with_gradient():
-                    for micro, clean in enumerate(rollouts):
-                        self._add_gradients(number, micro, clean, words, tally, finite)
-                    self._look_ahead(number)
+            with self.world.together(), gathered(self.flow.module, self.config.parallel.gathered == "step"):
+                with self.world.in_step():
+                    self._add_all(number, words, tally, finite, clock)
                 self._check()
                 if self.world.size > 1:
                     finite.require()  # before the others' gradients take it in
             with self.world.together(), clock.phase("optimizer"):
-                self.world.average([p.grad for p in self.trained.values() if p.grad is not None])
+                self.world.average([p.grad for p in self.trained.values() if p.grad is not None and not is_part(p)])
                 grad_norm, lr = self._update(number, finite)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.trained.values():
+                parameter.grad = None
         liked, disliked = words
-        summary = over_processes(self.world.exchange(tally.summary()))
+        summary = over_processes(self.world.exchange(tally.summary())[:: self.world.context])
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
 
+    def _add_all(self, number: int, words: tuple[str, str], tally: Tally, finite: FiniteChecks, clock: Clock) -> None:
+        """Roll out all of the step's micro-batches, then add up their gradients."""
+        with clock.phase("rollout"):
+            rollouts = self._rollouts(number, range(self.config.optim.accumulation))
+        with clock.phase("gradient"), self.attention.with_gradient():
+            for micro, clean in enumerate(rollouts):
+                self._add_gradients(number, micro, clean, words, tally, finite)
+            self._look_ahead(number)
+
     def _add_gradients(
-        self, number: int, micro: int, clean: Rollout, words: tuple[str, str], tally: _Tally, finite: FiniteChecks
+        self, number: int, micro: int, clean: Rollout, words: tuple[str, str], tally: Tally, finite: FiniteChecks
     ) -> None:
         """Add a micro-batch's share of the step's gradient to the trained parameters'."""
         on_photos = self.data.on_photos(self._micro(number, micro))
         tally.source["photos" if on_photos else "rollouts"] += len(clean.noise)
         finite.add(clean.clean, "the rollout")
-        for draw in range(self.config.align.draws_per_rollout):
-            for branch, align_step in self._align_steps(number, micro, draw):
-                self._check()
-                loss = self._branch_loss(clean, branch, align_step, words, tally)
-                finite.add(loss, f"the loss of the {branch} branch")
-                self._check()
-                loss.backward()
+        optim, draws = self.config.optim, self.config.align.draws_per_rollout
+        steps = [each for draw in range(draws) for each in self._align_steps(number, micro, draw)]
+        for i, (branch, align_step) in enumerate(steps):
+            self._check()
+            loss = self._branch_loss(clean, branch, align_step, words, tally)
+            finite.add(loss, f"the loss of the {branch} branch")
+            self._check()
+            sum_over_machines(self.flow.module, micro == optim.accumulation - 1 and i == len(steps) - 1)
+            (loss * self.world.context).backward()  # each of a group has a part of the gradient, not all
 
     def _branch_loss(
-        self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: _Tally
+        self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: Tally
     ) -> Tensor:
         """A branch's part of the step's loss, with gradient."""
         optim, align = self.config.optim, self.config.align
@@ -162,14 +187,17 @@ class Learner:
     def _update(self, number: int, finite: FiniteChecks) -> tuple[Tensor, float]:
         """Clip, step and average; the gradient's norm before clipping, and the learning rate."""
         optim = self.config.optim
-        norm = gradient_norm([p.grad for p in self.trained.values() if p.grad is not None])
-        grad_norm = self.world.as_main(norm)  # sums of unlike GPUs may differ in the last digit
+        with self.world.in_step():
+            settle(self.flow.module)
+            hand_over_gradients(self.trained, self.parts)
+            norm = gradient_norm([p.grad for p in self.parts.values() if p.grad is not None])
+            grad_norm = self.world.as_main(whole_norm(norm, self.trained.values()))  # unlike GPUs' may differ a little
         finite.add(grad_norm, "the gradient")
         finite.require()
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        clip_and_step(self.optimizer, self.trained, optim.max_grad_norm, grad_norm)
+        clip_and_step(self.optimizer, self.parts, optim.max_grad_norm, grad_norm)
         if self.average is not None:
             self.average.update(number)
         return grad_norm, lr
@@ -183,7 +211,7 @@ class Learner:
 
         So two processes draw what one with twice the accumulation does, but for same_noise.
         """
-        return micro * self.world.size + self.world.rank
+        return micro * self.world.parts + self.world.part
 
     def _rollout(self, number: int, micro: int) -> Rollout:
         """Clean latents of one micro-batch."""
@@ -196,12 +224,14 @@ class Learner:
         """
         config, starts, done = self.config.rollout, self._starts(number, micros), []
         sigmas = shifted_sigmas(config.num_steps, config.shift)
+        check = None if self.world.keeps_step else lambda *_: self._check()  # such a check is no small thing
         copied = self._copy is not None and any(start.images is None for start in starts)
-        with self._copy.filled() if copied else contextlib.nullcontext(self.flow) as flow:
+        copy = self._copy.filled() if copied else contextlib.nullcontext(self.flow)
+        with gathered(self.flow.module, self.config.parallel.gathered == "rollout"), copy as flow:
 
             def sample(prompts: PromptBatch, noise: Tensor) -> Rollout:
                 self._check()
-                return rollout(flow, prompts, noise, sigmas, config.guidance, lambda *_: self._check(), config.calls)
+                return rollout(flow, prompts, noise, sigmas, config.guidance, check, config.calls)
 
             for first in range(0, len(starts), config.at_once):
                 group = starts[first : first + config.at_once]
@@ -230,7 +260,7 @@ class Learner:
     def _made(self, number: int, micros: Sequence[int]) -> list[Start]:
         config, world, starts = self.config, self.world, []
         for micro in micros:
-            batch = self.data.at(self._micro(number, micro), world.rank, world.size)
+            batch = self.data.at(self._micro(number, micro), world.part, world.parts)
             part = micro if config.rollout.same_noise and not batch.photos else self._part(micro)
             generator = generator_for(config.seed, number, 0, f"noise {part}")
             shape = self.flow.latent_shape(batch.height, batch.width)
@@ -246,67 +276,40 @@ class Learner:
         steps = sample_align_steps(config.align, config.rollout.shift, config.data.batch_size, generator)
         return list(zip(config.align.branches, steps, strict=True))
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """Inside the context the model holds the averaged weights, if the run keeps an average."""
-        return self.average.applied() if self.average is not None else contextlib.nullcontext()
+        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+            settle(self.flow.module)
+            try:
+                with gathered(self.flow.module, self.config.parallel.gathered != "layer"):
+                    yield
+            finally:
+                settle(self.flow.module)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a checkpoint needs, by file."""
-        average = {"ema": self.average.tensors} if self.average is not None else {}
-        optimizer = optimizer_tensors(self.optimizer, self.trained)
+        """All that a checkpoint needs, by file; of a sharded model this process's parts."""
+        settle(self.flow.module)
+        average = {"ema": self._spread(self.average.tensors)} if self.average is not None else {}
+        optimizer = self._spread(optimizer_tensors(self.optimizer, self.parts))
         return {"weights": {name: p.detach() for name, p in self.trained.items()}, "optimizer": optimizer, **average}
+
+    def _spread(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parts `<parameter>` or `<parameter>/<state>` as the parameters are spread."""
+        return {name: like(tensor, self.trained[name.partition("/")[0]]) for name, tensor in tensors.items()}
 
     def restore(self, folder: Path) -> None:
         """Inverse of `tensors`, from a checkpoint's folder. TrainingError if it is damaged or of another model."""
         copy_tensors(folder, "weights", self.trained, exactly=True)
         if self.average is not None:
-            copy_tensors(folder, "ema", self.average.tensors, exactly=True)
-        load_optimizer_tensors(self.optimizer, self.trained, read_tensors(folder, "optimizer"))
+            copy_tensors(folder, "ema", self._spread(self.average.tensors), exactly=True)
+        states = {name: self._room(name, *each) for name, each in read_shapes(folder, "optimizer").items()}
+        copy_tensors(folder, "optimizer", states)
+        load_optimizer_tensors(self.optimizer, self.parts, {name: part_of(state) for name, state in states.items()})
 
-
-class _Tally:
-    """Sums up a step's branches."""
-
-    def __init__(self, rewards: Sequence[WeightedReward]) -> None:
-        self.parts = rewards
-        self.loss: list[Tensor] = []
-        self.score: dict[str, list[Tensor]] = defaultdict(list)
-        self.reward: dict[str, list[Tensor]] = defaultdict(list)
-        self.scores: dict[str, dict[str, list[Tensor]]] = {part.name: defaultdict(list) for part in rewards}
-        self.rewards: dict[str, dict[str, list[Tensor]]] = {part.name: defaultdict(list) for part in rewards}
-        self.sigma: list[Tensor] = []
-        self.source: dict[str, int] = defaultdict(int)
-
-    def add(
-        self, branch: str, loss: Tensor, scores: dict[str, Tensor], preferred: dict[str, Tensor], align_step: AlignStep
-    ) -> None:
-        """A branch's loss, and by reward its scores and the preferred wording's values, each [B], no gradient."""
-        self.loss.append(loss.detach())
-        if len(self.parts) == 1:
-            (score,), (value,) = scores.values(), preferred.values()
-        else:
-            score = weighted_mean(scores, self.parts)
-            value = weighted_mean({part.name: part.normalised(preferred[part.name]) for part in self.parts}, self.parts)
-        self.score[branch].append(score)
-        self.reward[branch].append(value)
-        for part in self.parts:
-            self.scores[part.name][branch].append(scores[part.name])
-            self.rewards[part.name][branch].append(preferred[part.name])
-        self.sigma.append(torch.as_tensor(align_step.sigma))
-
-    def summary(self) -> dict[str, Any]:
-        def mean(values: list[Tensor]) -> float:
-            return float(torch.stack(values).float().mean())
-
-        def by_branch(values: dict[str, list[Tensor]]) -> dict[str, float]:
-            return {branch: mean(each) for branch, each in values.items()}
-
-        by_reward = {"scores": self.scores, "rewards": self.rewards} if len(self.parts) > 1 else {}
-        return {
-            "loss": float(torch.stack(self.loss).sum()),
-            "score": by_branch(self.score),
-            "reward": by_branch(self.reward),
-            **{key: {name: by_branch(each) for name, each in of.items()} for key, of in by_reward.items()},
-            "sigma": mean(self.sigma),
-            "source": dict(self.source),
-        }
+    def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for a state `<parameter>/<state>` of the optimizer; of a parameter in parts, for this process's part."""
+        parameter = self.trained.get(name.partition("/")[0])
+        if parameter is None or not is_part(parameter) or not shape:
+            return torch.empty(shape, dtype=dtype)
+        return like(torch.empty_like(part_of(parameter), dtype=dtype), parameter)

@@ -90,7 +90,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients together, summed in float32 whatever they are held in."""
     if all(gradient.dtype == torch.float32 for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
-    norms = torch._foreach_norm(gradients, 2.0, torch.float32)  # as get_total_norm does, which keeps their precision
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
@@ -107,12 +107,13 @@ class Average:
     """An exponential moving average of trained parameters, in float32.
 
     It is on the parameters' device; on the host where they are held in bfloat16 to save memory, which costs a copy of
-    them to the host after each step.
+    them to the host after each step. `shared`: something else holds the parameters' memory too, so that weights can't
+    just change places.
     """
 
-    def __init__(self, parameters: Parameters, decay: float) -> None:
+    def __init__(self, parameters: Parameters, decay: float, shared: bool = False) -> None:
         self.parameters = parameters
-        self.decay = decay
+        self.decay, self.shared = decay, shared
         self.on_host = any(parameter.dtype != torch.float32 for parameter in parameters.values())
         self.tensors = {name: self._held(parameter).clone() for name, parameter in parameters.items()}
         self._aside: dict[str, Tensor] = {}
@@ -135,7 +136,7 @@ class Average:
     def applied(self) -> Iterator[None]:
         """The model holds the averaged weights inside the context, in its own precision.
 
-        Weights are swapped, not copied, unless the average is on the host: they wait there meanwhile.
+        Weights are swapped, not copied, unless they are shared, or the average is on the host: they wait there then.
         """
         self._swap() if not self.on_host else self._bring()
         try:
@@ -154,6 +155,12 @@ class Average:
         for name, parameter in self.parameters.items():
             parameter.copy_(self._aside.pop(name))
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+            if self.shared:
+                kept = parameter.detach().clone()
+                parameter.copy_(self.tensors[name])
+                self.tensors[name].copy_(kept)
+            else:
+                parameter.data, self.tensors[name] = self.tensors[name], parameter.data

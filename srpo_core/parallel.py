@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from srpo_core.config import ConfigError, ParallelConfig
+from srpo_core.config import ConfigError
 from srpo_core.errors import TrainingError
+from srpo_core.last_words import is_lost, tell_last, told_last, watched
 from srpo_core.stopping import StopRequested
 
 Item = TypeVar("Item")
@@ -36,6 +38,20 @@ class World:
     rank: int
     size: int
     device: torch.device
+    context: int = 1
+    """Neighbours in rank that work on the same pictures, each on its part of the tokens."""
+    keeps_step: bool = False
+    """Whether a call of the model takes all processes, as where each holds a part of it."""
+
+    @property
+    def part(self) -> int:
+        """Which of the run's pictures this process works on, of `parts`."""
+        return self.rank // self.context
+
+    @property
+    def parts(self) -> int:
+        """How many processes, or groups of them, have pictures of their own."""
+        return self.size // self.context
 
     @property
     def is_main(self) -> bool:
@@ -43,12 +59,17 @@ class World:
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """This process's part of a list, in order: each size-th item from `rank` on. All parts make up the list."""
-        return list(items[self.rank :: self.size])
+        """This process's part of a list, in order: each parts-th item from `part` on. All parts make up the list."""
+        return list(items[self.part :: self.parts])
 
     def in_order(self, parts: Sequence[Sequence[Item]]) -> list[Item]:
         """The list of which `parts` are every process's share, by rank."""
-        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+        parts = parts[:: self.context]
+        return [parts[i % self.parts][i // self.parts] for i in range(sum(map(len, parts)))]
+
+    def turns(self, count: int) -> int:
+        """How many items of `count` the largest share has: how often all have to call a model that takes them all."""
+        return math.ceil(count / self.parts)
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -72,7 +93,8 @@ class World:
                 f"the run's {self.size} processes didn't find each other at {where}: {error}; that address must be"
                 " machine 0's, and no firewall between them"
             ) from error
-        yield
+        with watched() if self.keeps_step and nccl else contextlib.nullcontext():
+            yield
         dist.destroy_process_group()  # not after an error: others may be gone, and this process ends too
 
     @contextlib.contextmanager
@@ -95,6 +117,40 @@ class World:
                 _make_known(error)
             raise
         self.exchange(None)
+
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside the context the model is called, by all processes alike where that takes them all.
+
+        There one's error leaves the others waiting inside the model: it can't be told as `together` does, and ends the
+        run. What all know, as from an inner `together`, passes through.
+        """
+        if not self.keeps_step:
+            yield
+            return
+        self.exchange(None)  # what has ended one is told before the others wait for it
+        try:
+            yield
+        except Exception as error:
+            if _is_known(error):
+                raise
+            told = told_last() or (gone(error) if is_lost(error) else None)
+            if told is not None:
+                raise _ends_all(OthersError(told)) from error
+            tell_last(f"rank {self.rank} of {self.size}: {_words(error)}")
+            _ends_all(error)
+            raise
+
+    def agreed(self, check: Callable[[], None]) -> Callable[[], None]:
+        """`check`, which may raise; where processes keep step, it raises in all or none, and each has to call it."""
+        if not self.keeps_step:
+            return check
+
+        def together() -> None:
+            with self.together():
+                check()
+
+        return together
 
     def exchange(self, value: Any) -> list[Any]:
         """Every process's value, of JSON's types, by rank. Raises as `together` does if one can't go on."""
@@ -149,14 +205,14 @@ class World:
         """
         with _others_answer():
             if not self.is_main:
-                for part in parts:
+                for part in parts if self.rank % self.context == 0 else ():
                     dist.send(part.contiguous(), 0)
                 return list(parts)
             mine = iter(parts)
-            whole = [torch.empty(*shape) if i % self.size else next(mine) for i, shape in enumerate(shapes)]
+            whole = [torch.empty(*shape) if i % self.parts else next(mine) for i, shape in enumerate(shapes)]
             for i, tensor in enumerate(whole):
-                if i % self.size:
-                    dist.recv(tensor, i % self.size)
+                if i % self.parts:
+                    dist.recv(tensor, i % self.parts * self.context)
         return whole
 
     def check_same(self, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -189,12 +245,25 @@ def _others_answer() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise _make_known(
-            OthersError(
-                "another process of this run is gone (killed, or out of the host's memory) or hangs; train.log shows"
-                f" what each one said last ({str(error).splitlines()[0]})"
-            )
-        ) from error
+        raise _make_known(OthersError(told_last() or gone(error))) from error
+
+
+def gone(error: Exception) -> str:
+    """In words, that another process no longer answers."""
+    return (
+        "another process of this run is gone (killed, or out of the host's memory) or hangs; train.log shows what each"
+        f" one said last ({str(error).splitlines()[0]})"
+    )
+
+
+def ends_all(error: BaseException) -> bool:
+    """Whether processes that keep step lost it by an error, so that the run can't survive it."""
+    return getattr(error, "ends_all", False)
+
+
+def _ends_all(error: BaseException) -> BaseException:
+    error.ends_all = True
+    return _make_known(error)
 
 
 def _is_known(error: BaseException | None) -> bool:
@@ -228,75 +297,3 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         count += tensor.numel()
     if bucket:
         yield bucket
-
-
-def choose_device(name: str, setting: str = "parallel.device") -> torch.device:
-    """The device that a setting names; auto is the first of cuda, mps and cpu that is there."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{setting}={name!r} can't be used here ({reason}); auto picks what is there") from error
-    return device
-
-
-def make_world(config: ParallelConfig, setting: str = "parallel.device") -> World:
-    """The world of a single process, its device chosen by `setting`.
-
-    ConfigError if it was started as one of several, or without its device.
-    """
-    size = _from_launcher("WORLD_SIZE", 1)
-    if size > 1:
-        raise ConfigError(
-            f"WORLD_SIZE={size}: only `srpo train`, `sample` and `encode` share their work among processes; start this"
-            " command as a single one, without torchrun"
-        )
-    return World(rank=0, size=1, device=choose_device(config.device, setting))
-
-
-def divided_world(config: ParallelConfig) -> World:
-    """This process's place in work that divides, by torchrun's RANK, WORLD_SIZE and LOCAL_RANK; not yet `joined`.
-
-    Each process takes the GPU of its LOCAL_RANK. ConfigError if there is none for it, or if the launcher's numbers or
-    parallel.device don't fit.
-    """
-    size, rank = _from_launcher("WORLD_SIZE", 1), _from_launcher("RANK", 0)
-    if size < 1 or not 0 <= rank < size:
-        raise ConfigError(f"RANK={rank}, WORLD_SIZE={size}: a rank lies in 0 ... WORLD_SIZE - 1; torchrun sets both")
-    if size > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
-        return World(rank, size, _own_gpu(_from_launcher("LOCAL_RANK", rank)))
-    device = choose_device(config.device)
-    if size > 1 and device.index is not None:
-        raise ConfigError(
-            f"parallel.device={config.device!r} with {size} processes: write cuda, and each takes its own"
-        )
-    return World(rank, size, device)
-
-
-def _own_gpu(local_rank: int) -> torch.device:
-    there = torch.cuda.device_count()
-    if local_rank >= there:
-        raise ConfigError(
-            f"LOCAL_RANK={local_rank}: this machine shows {there} GPUs; start at most one process for each"
-            f" (--nproc-per-node={there})"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def process_name() -> str:
-    """What messages call this process: "srpo", or one of several "srpo, rank 1 of 4"."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return f"srpo, rank {os.environ.get('RANK', '0')} of {size}" if size != "1" else "srpo"
-
-
-def _from_launcher(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    try:
-        return int(value)
-    except ValueError:
-        raise ConfigError(f"{name}={value!r} in the environment is no whole number; torchrun sets it") from None

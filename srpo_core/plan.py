@@ -14,11 +14,12 @@ from srpo_core.checkpoint import latest, read_state
 from srpo_core.checks import Ready, check_run, size_notes
 from srpo_core.config import ConfigError, MoreReward, RewardConfig, RunConfig
 from srpo_core.device_locks import device_key
+from srpo_core.devices import make_world
 from srpo_core.duration import Pace, count_work, expected_pace, matmul_rate, own_pace, run_seconds
 from srpo_core.estimate import Estimate, estimate, shapes_of
 from srpo_core.files import free_bytes, size_text
 from srpo_core.fitting import what_would_fit
-from srpo_core.parallel import World, make_world
+from srpo_core.parallel import World
 from srpo_core.run_folder import check_start, device_name
 from srpo_core.time_words import duration_text
 from srpo_core.training_data import photo_notes, photo_sizes, sources

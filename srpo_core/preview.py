@@ -157,13 +157,19 @@ class Gallery:
         Processes share the batches; all get the scores, the main one the images (others some of them). `on_batch(images
         done)` is called after each batch; `check()`, which may raise, more often.
         """
-        count, images, scores = len(self.prompts), [], []
+        count = len(self.prompts)
         batches = [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+        mine, latents, images, scores = world.share(batches), [], [], []
+        idle = world.turns(len(batches)) - len(mine) if world.keeps_step else 0
+        with world.together(), world.in_step():
+            for rows in [*mine, *batches[:1] * idle]:  # the model may take all processes
+                latents.append(self._sample(flow, rows, world, check))
+                on_batch(min(count, len(latents) * world.parts * self.batch_size))
         with world.together():
-            for rows in world.share(batches):
-                images.append(self._draw_batch(flow, rows, check))
+            for rows, clean in zip(mine, latents, strict=False):
+                with torch.no_grad():
+                    images.append(self.autoencoder.decode(clean).cpu())
                 scores.append(self._score_batch(images[-1], rows))
-                on_batch(min(count, len(images) * world.size * self.batch_size))
         shapes = [(len(rows), *images[0].shape[1:]) for rows in batches] if images else []
         whole: Scores = {}
         for part in world.in_order(world.exchange(scores)):
@@ -171,11 +177,14 @@ class Gallery:
                 whole.setdefault(name, []).extend(values)
         return torch.cat(world.collect(images, shapes) or [torch.empty(0)]), whole
 
-    def _draw_batch(self, flow: FlowModel, rows: range, check: Callable[[], None]) -> Tensor:
-        return sample_images(
-            flow, self.autoencoder, self.prompts.select(rows), self.noise[rows.start : rows.stop], self.num_steps,
-            self.shift, self.guidance, len(rows), self.device, check=check,
-        )  # fmt: skip
+    def _sample(self, flow: FlowModel, rows: range, world: World, check: Callable[[], None]) -> Tensor:
+        """Clean latents of a batch; `check` comes before each model call, before the first alone if all have to."""
+        batch = self.prompts.select(rows).to(self.device)
+        noise = self.noise[rows.start : rows.stop].to(self.device)
+        sigmas = shifted_sigmas(self.num_steps, self.shift)
+        world.agreed(check)()
+        on_step = None if world.keeps_step else lambda *_: check()
+        return rollout(flow, batch, noise, sigmas, self.guidance, on_step).clean
 
     def _score_batch(self, images: Tensor, rows: range) -> Scores:
         return score_images(

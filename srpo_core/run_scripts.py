@@ -5,26 +5,41 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from srpo_core.config import RunConfig
 from srpo_core.files import write_atomic
 
 MAIN = Path(__file__).with_name("__main__.py")
+NAMES = ("train.sh", "multi_host.sh", "slurm.sh")
 HEAD = """\
 #!/bin/bash
 {comment}
 set -euo pipefail
-RUN="$(cd "$(dirname "${{BASH_SOURCE[0]}}")/.." && pwd)"
+SELF="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)/$(basename "${{BASH_SOURCE[0]}}")"
+ARGS=("$@")
+{where}
+"""
+OF_RUN = """\
+RUN="$(dirname "$(dirname "$SELF")")"
 PYTHON={python}
 SRPO={main}
-"""
+PROCESSES={processes}"""
+OF_PROJECT = """\
+RUN="${{1:?name a run: a preset, a description or a folder, and then settings}}"
+shift
+PROJECT="${{PROJECT:-$(dirname "$(dirname "$SELF")")}}"
+PYTHON="${{PYTHON:-$PROJECT/.venv/bin/python}}"
+SRPO="$PROJECT/srpo_core/__main__.py"
+GPUS_HERE="$({{ nvidia-smi -L 2>/dev/null || true; }} | wc -l)"
+PROCESSES="$((GPUS_HERE > 0 ? GPUS_HERE : 1))\""""
 TRAIN = """\
-# Goes on from the newest checkpoint in this folder, or starts where there is none. Settings may follow:
-#   bash train.sh optim.steps=80
-# NPROC_PER_NODE is the number of processes, one for each GPU."""
+# Trains on this machine: goes on from the newest checkpoint, or starts where there is none. Settings may follow:
+#   bash {call} optim.steps=80
+# NPROC_PER_NODE (or HOST_GPU_NUM) is the number of processes, one for each GPU."""
 TRAIN_BODY = """\
-NPROC_PER_NODE="${{NPROC_PER_NODE:-{processes}}}"
+NPROC_PER_NODE="${{NPROC_PER_NODE:-${{HOST_GPU_NUM:-$PROCESSES}}}}"
 {gpus}if [ "$NPROC_PER_NODE" = 1 ]; then
     exec "$PYTHON" "$SRPO" train "$RUN" --resume parallel.processes=1 parallel.nodes=1 "$@"
 fi
@@ -32,23 +47,36 @@ exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PE
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes=1 "$@"
 """
 HOSTS = """\
-# Run this on every machine at about the same time, with the same numbers but for NODE_RANK:
-#   NNODES          how many machines there are
-#   NODE_RANK       which of them this one is: 0, 1, ...
-#   NPROC_PER_NODE  processes on each machine, one for each GPU
-#   MASTER_ADDR     name or address of machine 0, as the others reach it
+# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh:
+#   HOSTS=first,second bash {call}
+# or by running it on every machine at about the same time, with the same numbers but for NODE_RANK:
+#   NNODES          how many machines there are                              (or HOST_NUM)
+#   NODE_RANK       which of them this one is: 0, 1, ...                     (or INDEX)
+#   NPROC_PER_NODE  processes on each machine, one for each GPU              (or HOST_GPU_NUM)
+#   MASTER_ADDR     name or address of machine 0, as the others reach it     (or CHIEF_IP)
 #   MASTER_PORT     a port on machine 0 that is free and that no firewall closes
-# The machines find each other at MASTER_ADDR:MASTER_PORT: machine 0 listens there, the others come to it, and training
-# begins when all are there. This folder, the models and this program must be at the same paths on all of them; only
-# machine 0 writes checkpoints, previews and curves."""
+# The rendezvous: torchrun on machine 0 listens at MASTER_ADDR:MASTER_PORT, the others' come to it, and training begins
+# when all are there; until then, each waits for the others. From then on processes talk to each other directly, over
+# InfiniBand where NCCL finds it: NCCL_SOCKET_IFNAME names the network, NCCL_DEBUG=INFO says what was found.
+# The run's folder, the models and this program must be at the same paths on all machines. Only machine 0 writes
+# previews and curves; of a model in parts (parallel.strategy), every process writes its part of a checkpoint."""
 HOSTS_BODY = """\
-NNODES="${{NNODES:-{nodes}}}"
-NODE_RANK="${{NODE_RANK:-{node_rank}}}"
-NPROC_PER_NODE="${{NPROC_PER_NODE:-{processes}}}"
-HOST={host}
+NPROC_PER_NODE="${{NPROC_PER_NODE:-${{HOST_GPU_NUM:-}}}}"
 PORT={port}
-MASTER_ADDR="${{MASTER_ADDR:-$HOST}}"
 MASTER_PORT="${{MASTER_PORT:-$PORT}}"
+NODE_RANK="${{NODE_RANK:-${{INDEX:-}}}}"
+if [ -n "${{HOSTS:-}}" ] && [ -z "$NODE_RANK" ]; then
+    IFS=, read -r -a NAMES <<< "$HOSTS"
+    numbers=(NNODES="${{#NAMES[@]}}" MASTER_ADDR="${{MASTER_ADDR:-${{CHIEF_IP:-${{NAMES[0]}}}}}}")
+    numbers+=(MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
+    command="$(printf '%q ' env "${{numbers[@]}}" bash "$SELF" ${{ARGS[@]+"${{ARGS[@]}}"}})"
+    exec pdsh -S -R exec -w "$HOSTS" ssh %h "NODE_RANK=%n ${{command//%/%%}}"  # %h and %n: a host and its number
+fi
+NNODES="${{NNODES:-${{HOST_NUM:-{nodes}}}}}"
+NPROC_PER_NODE="${{NPROC_PER_NODE:-$PROCESSES}}"
+NODE_RANK="${{NODE_RANK:-{node_rank}}}"
+HOST={host}
+MASTER_ADDR="${{MASTER_ADDR:-${{CHIEF_IP:-$HOST}}}}"
 {gpus}exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \\
     --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \\
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes="$NNODES" \\
@@ -58,24 +86,26 @@ SLURM = """\
 #SBATCH --job-name={job}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={processes}
+#SBATCH --gpus-per-node={gpus_each}
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --time=24:00:00
-# Send it with `sbatch slurm.sh` from this folder; add the account and the partition that your cluster asks for. Each
+# Send it with `sbatch {call}` from {folder}; add the account and the partition that your cluster asks for. Each
 # machine of the job runs multi_host.sh once, and that starts a process for each GPU; the first machine of the job is
 # where they meet. When the time is up, send it again: training goes on from the newest checkpoint."""
 SLURM_BODY = """\
-if [ ! -f "$RUN/scripts/multi_host.sh" ]; then
-    RUN="$(cd "${{SLURM_SUBMIT_DIR:?start this with sbatch, from its folder}}/.." && pwd)"  # Slurm runs a copy
+SCRIPT="$(dirname "$SELF")/multi_host.sh"
+if [ ! -f "$SCRIPT" ]; then  # Slurm runs a copy
+    SCRIPT="${{SLURM_SUBMIT_DIR:?start this with sbatch, from {folder}}}/{beside}multi_host.sh"
 fi
 export NNODES="$SLURM_JOB_NUM_NODES"
-export NPROC_PER_NODE="${{NPROC_PER_NODE:-{processes}}}"
-mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export MASTER_ADDR="${{HOSTS[0]}}"
+export NPROC_PER_NODE="${{NPROC_PER_NODE:-${{SLURM_GPUS_ON_NODE:-$PROCESSES}}}}"
+mapfile -t NAMES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR="${{NAMES[0]}}"
 export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}}"
-export RUN
-srun bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$RUN/scripts/multi_host.sh" "$@"' srun "$@"
+export SCRIPT
+srun bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${{ARGS[@]+"${{ARGS[@]}}"}}
 """
+ANY_HOST = '"${HOSTNAME:-localhost}"'
 
 
 def write_scripts(config: RunConfig, run_dir: Path | str) -> list[Path]:
@@ -88,23 +118,46 @@ def write_scripts(config: RunConfig, run_dir: Path | str) -> list[Path]:
     named = parallel.gpus.replace(" ", "")
     export = 'export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-$GPUS}" CUDA_DEVICE_ORDER=PCI_BUS_ID'
     values = {
-        "python": shlex.quote(sys.executable),
-        "main": shlex.quote(str(MAIN)),
         "gpus": "" if named == "auto" else f"GPUS={shlex.quote(named)}\n{export}\n",
-        "processes": parallel.processes,
+        "gpus_each": parallel.processes,
         "nodes": parallel.nodes,
         "node_rank": parallel.node_rank,
-        "host": shlex.quote(host) if host else '"${HOSTNAME:-localhost}"',
+        "host": shlex.quote(host) if host else ANY_HOST,
         "port": shlex.quote(port or "29500"),
         "cpus": 8 * parallel.processes,
         "job": _job_name(Path(run_dir).absolute().name),
+        "folder": "its folder",
+        "beside": "",
     }
-    texts = {
-        "train.sh": HEAD.format(comment=TRAIN, **values) + TRAIN_BODY.format(**values),
-        "multi_host.sh": HEAD.format(comment=HOSTS, **values) + HOSTS_BODY.format(**values),
-        "slurm.sh": HEAD.format(comment=SLURM.format(**values), **values) + SLURM_BODY.format(**values),
-    }
+    main = shlex.quote(str(MAIN))
+    where = OF_RUN.format(python=shlex.quote(sys.executable), main=main, processes=parallel.processes)
+    texts = _texts(where, values, {name: name for name in NAMES})
     return [_script(Path(run_dir) / "scripts" / name, text) for name, text in texts.items()]
+
+
+def project_scripts() -> dict[str, str]:
+    """The same scripts for any run, which is named first: the files of this project's scripts/ by name."""
+    values = {
+        "gpus": "",
+        "gpus_each": 8,
+        "nodes": 2,
+        "node_rank": 0,
+        "host": ANY_HOST,
+        "port": "29500",
+        "cpus": 64,
+        "job": "srpo",
+        "folder": "the folder of this project",
+        "beside": "scripts/",
+    }
+    return _texts(OF_PROJECT.format(), values, {name: f"scripts/{name} RUN" for name in NAMES})
+
+
+def _texts(where: str, values: Mapping[str, object], calls: Mapping[str, str]) -> dict[str, str]:
+    parts = zip(NAMES, (TRAIN, HOSTS, SLURM), (TRAIN_BODY, HOSTS_BODY, SLURM_BODY), strict=True)
+    return {
+        name: HEAD.format(comment=comment.format(call=calls[name], **values), where=where) + body.format(**values)
+        for name, comment, body in parts
+    }
 
 
 def _job_name(name: str) -> str:

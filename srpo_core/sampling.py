@@ -13,6 +13,7 @@ from torch import Tensor
 from srpo_core import checkpoint as checkpoints
 from srpo_core.checks import check_size
 from srpo_core.config import ConfigError, RunConfig
+from srpo_core.devices import divided_world
 from srpo_core.embeddings import StoredPrompts, embedding_cache, encode
 from srpo_core.errors import NotFiniteError
 from srpo_core.export import find_checkpoint
@@ -21,7 +22,7 @@ from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Components, PromptBatch, TrainableFlow
 from srpo_core.lora import ChosenLora, linear_shapes, merge_lora
 from srpo_core.models import load_model
-from srpo_core.parallel import World, divided_world
+from srpo_core.parallel import World
 from srpo_core.picture_files import Picture, check_places, is_drawn, plan, save_picture, write_index
 from srpo_core.preview import sample_images
 from srpo_core.progress import Display

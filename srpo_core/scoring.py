@@ -11,8 +11,8 @@ from torch import Tensor
 from srpo_core.columns import means, require_finite, score_columns
 from srpo_core.config import ModelConfig, ParallelConfig, RewardConfig
 from srpo_core.description import make_config
+from srpo_core.devices import make_world
 from srpo_core.models import load_model
-from srpo_core.parallel import make_world
 from srpo_core.preference import ControlWords
 from srpo_core.progress import Display
 from srpo_core.rewards import check_reward, load_reward

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srpo_core.align import training_levels
-from srpo_core.checkpoint import checkpoint_step, describe_latest, latest, prune, read_state, save
+from srpo_core.checkpoint import checkpoint_step, describe_latest, latest, prune, read_state, save, save_parts
 from srpo_core.columns import means
 from srpo_core.compact_adamw import CompactAdamW
 from srpo_core.config import ConfigError, ModelConfig
@@ -17,7 +17,7 @@ from srpo_core.evaluate import Evaluation, When
 from srpo_core.flow import shifted_sigmas
 from srpo_core.learner import Learner, Parts
 from srpo_core.metrics import Clock, MetricsLog, NoLog, StepMetrics, peak_memory_gib
-from srpo_core.parallel import OthersError
+from srpo_core.parallel import OthersError, ends_all
 from srpo_core.preview import Gallery, save_preview
 from srpo_core.randomness import fixed_noise
 from srpo_core.rewards.mixture import combined
@@ -82,11 +82,11 @@ class Trainer:
 
     def _train(self) -> None:
         with enough_memory("the first rollout, before training", self.less_memory):
-            probe = self._probe() if self.world.is_main else None  # of the base weights, as is the first evaluation
+            probe = self._probe()  # of the base weights, as is the first evaluation
         evaluation = self._evaluation()
         self._evaluate(evaluation, "before")
         with self._resumed_log() as log:
-            self.world.check_same(self.learner.trained, "the weights that training starts from")
+            self._check_same("the weights that training starts from")
             try:
                 self._steps(probe, log)
             except StopRequested:
@@ -105,7 +105,7 @@ class Trainer:
             clock = self._clock()
             self.metrics = self._learn(self.metrics.step + 1, clock)
             if probe is not None:
-                with clock.phase("drift"):
+                with clock.phase("drift"), self.world.in_step():
                     self.metrics.velocity_drift = probe.drift(self.flow)
             self.metrics.seconds = clock.seconds | {"total": clock.total()}
             self._after_step(log)
@@ -174,6 +174,8 @@ class Trainer:
                 log.picture(metrics.step, sheet)
                 self.display.scores(f"preview at step {metrics.step}", metrics.preview)
         except Exception as error:  # a family, a reward, a measure or the disk: none is worth the run
+            if ends_all(error):
+                raise
             self.display.warn(
                 f"the preview of step {metrics.step} failed, training goes on: {type(error).__name__}: {error}"
             )
@@ -207,26 +209,46 @@ class Trainer:
                 evaluation.keep(when, step, images, scores)
         self.display.scores(f"evaluation {when} training", means(scores))
 
-    def _probe(self) -> VelocityProbe:
-        """The velocity of the base weights on rollouts of held-out prompts, at the middle of the training range."""
+    def _probe(self) -> VelocityProbe | None:
+        """The velocity of the base weights on rollouts of held-out prompts, at the middle of the training range.
+
+        None on processes that the main one doesn't need for that.
+        """
+        if not self.world.is_main and not self.world.keeps_step:
+            return None
+        with self.world.in_step():
+            return self._probed()
+
+    def _probed(self) -> VelocityProbe:
         config, gallery = self.config, self._gallery(PROBE_PROMPTS)
         sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
         prompts, noise = gallery.prompts.to(self.world.device), gallery.noise.to(self.world.device)
-        clean = rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, lambda *_: self.stop.check())
+        check = None if self.world.keeps_step else lambda *_: self.stop.check()
+        clean = rollout(self.flow, prompts, noise, sigmas, config.rollout.guidance, check)
         align = config.align
         levels = training_levels(align.range_start, align.range_end, align.schedule_steps, config.rollout.shift, 3)
         return VelocityProbe(self.flow, clean, float(levels[1]), align.guidance)
 
     def _save(self) -> None:
         """Write a checkpoint: the main process does, and the others make sure that it speaks for them."""
-        self.world.check_same(self.learner.trained, f"the weights after step {self.metrics.step}")
+        self._check_same(f"the weights after step {self.metrics.step}")
         state = {"best": self.best, "lora": self.lora, "metrics": self.metrics.line(), "trained_on": self.trained_on}
-        state["processes"] = self.world.size
+        state["processes"] = self.world.parts
+        step, tensors = self.metrics.step, self.learner.tensors()
         with self.world.together(), self.display.during("saving"):
-            if self.world.is_main and not self.session.removed:
-                save(self.run_dir, self.metrics.step, self.learner.tensors(), state)
+            removed = self.world.exchange(self.session.removed)[0]
+            if self.learner.is_sharded and not removed:
+                save_parts(self.world, self.run_dir, step, tensors, state)
+            elif self.world.is_main and not removed:
+                save(self.run_dir, step, tensors, state)
+            if self.world.is_main and not removed:
                 prune(self.run_dir, self.config.output.keep_checkpoints, self.best["step"] if self.best else None)
         self.saved_step = self.metrics.step
+
+    def _check_same(self, what: str) -> None:
+        """TrainingError if processes hold other weights, where each holds them whole."""
+        if not self.learner.is_sharded:
+            self.world.check_same(self.learner.trained, what)
 
     def _resumed_log(self) -> MetricsLog:
         """Take up the newest checkpoint, if there is one; the metrics log, with what came after it dropped."""
@@ -244,10 +266,10 @@ class Trainer:
                 "the prompts or photos are others than when this run was saved: it goes on with those of now, in"
                 " another order"
             )
-        if state.get("processes", self.world.size) != self.world.size:
+        if state.get("processes", self.world.parts) != self.world.parts:
             self.display.warn(
-                f"{self.world.size} instead of {state['processes']} processes train from here on: a step averages other"
-                " numbers of pictures than before, and prompts come in another order"
+                f"{self.world.parts} instead of {state['processes']} processes train from here on: a step averages"
+                " other numbers of pictures than before, and prompts come in another order"
             )
         self.display.say(f"going on from {newest}")
         return self._log(after=state["step"], last=state["metrics"])

@@ -16,10 +16,11 @@ from srpo_core import parallel
 from srpo_core.assemble import assemble
 from srpo_core.checks import check_run
 from srpo_core.config import ConfigError, ParallelConfig
+from srpo_core.devices import divided_world
 from srpo_core.errors import TrainingError
 from srpo_core.interfaces import PromptBatch
 from srpo_core.metrics import Clock
-from srpo_core.parallel import OthersError, World, divided_world
+from srpo_core.parallel import OthersError, World
 from srpo_core.session import Session
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import Trainer

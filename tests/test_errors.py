@@ -16,10 +16,10 @@ from srpo_core.checkpoint import latest, read_tensors
 from srpo_core.checks import size_notes
 from srpo_core.config import ConfigError, ParallelConfig, RunConfig
 from srpo_core.description import load_run
+from srpo_core.devices import make_world
 from srpo_core.errors import TrainingError, enough_memory, ran_out_of_memory
 from srpo_core.interfaces import Components
 from srpo_core.metrics import read_metrics
-from srpo_core.parallel import make_world
 from srpo_core.run_folder import check_space, check_start
 
 
@@ -201,7 +201,7 @@ def out_of_memory(*_, **__):
         ("tiny.encode_text", r"encoding prompts: out of memory; try model.t5_memory"),
         ("tiny.load_reward", r"loading the models: out of memory"),
         ("srpo_core.trainer.rollout", r"the first rollout, before training: out of memory; try model.recompute=auto"),
-        ("srpo_core.preview.sample_images", r"evaluation before training: out of memory; .*output.evaluate_prompts=0"),
+        ("srpo_core.preview.rollout", r"evaluation before training: out of memory; .*output.evaluate_prompts=0"),
     ],
 )
 def test_running_out_of_memory_outside_a_step_names_the_phase(tmp_path, monkeypatch, place, message):

@@ -95,9 +95,9 @@ def gradient(folder, **settings):
     learner = trainer.learner
     clean = learner._rollout(1, 0)
     for branch, step in learner._align_steps(1, 0, 0):
-        from srpo_core.learner import _Tally
+        from srpo_core.tally import Tally
 
-        learner._branch_loss(clean, branch, step, learner.words.pair(1), _Tally(learner.rewards)).backward()
+        learner._branch_loss(clean, branch, step, learner.words.pair(1), Tally(learner.rewards)).backward()
     return torch.cat([parameter.grad.flatten() for parameter in learner.trained.values()])
 
 

@@ -18,7 +18,7 @@ from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import load_run, preset_names
 from srpo_core.finite import FiniteChecks
 from srpo_core.interfaces import PromptBatch
-from srpo_core.learner import Learner, Parts, _Tally
+from srpo_core.learner import Learner, Parts
 from srpo_core.models.flux import FluxFlow, ImageAutoencoder
 from srpo_core.parallel import World
 from srpo_core.photos import find_photos
@@ -27,6 +27,7 @@ from srpo_core.prompts import PromptSequence
 from srpo_core.rewards.clip import ClipReward, OpenClip, TransformersClip
 from srpo_core.rewards.clip_files import new_open_clip
 from srpo_core.rewards.mixture import WeightedReward
+from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData, photo_batches, photo_sizes
 
 FULL = ("flux-dev", "flux-dev-exact", "flux-dev-pickscore")
@@ -251,7 +252,7 @@ def test_a_step_goes_through_at_full_width(preset, double, single, tmp_path, mon
     monkeypatch.setattr(FiniteChecks, "require", lambda _: None)  # a shape has no value
     learner = Learner(config, World(0, 1, torch.device("cpu")), parts)
     expected = data.at(0, 0, 1)
-    clean, tally = learner._rollout(1, 0), _Tally(parts.rewards)
+    clean, tally = learner._rollout(1, 0), Tally(parts.rewards)
     assert clean.clean.shape == (1, 16, expected.height // 8, expected.width // 8)
     assert clean.clean.dtype == clean.noise.dtype == torch.float32
     for branch, align_step in learner._align_steps(1, 0, 0):

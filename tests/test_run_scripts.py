@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.files import write_atomic
-from srpo_core.run_scripts import write_scripts
+from srpo_core.run_scripts import project_scripts, write_scripts
 from srpo_core.run_state import read_state
 
 ODD = "a run; $(touch x) 'quoted'"
@@ -105,6 +105,73 @@ def test_slurm_gives_each_machine_its_number(tmp_path):
     assert told.stdout == "".join(f"{rank} of 2, 4 each, first:20077, optim.steps=9\n" for rank in (0, 1))
     assert "#SBATCH --nodes=2\n" in slurm.read_text()
     assert "#SBATCH --job-name=a-run---" in slurm.read_text()
+
+
+PUBLISHED = {"HOST_NUM": "3", "INDEX": "1", "HOST_GPU_NUM": "4", "CHIEF_IP": "10.0.0.9"}
+
+
+def test_the_published_names_are_heeded_where_torchruns_are_not_there(tmp_path):
+    _, (train, hosts, _) = run(tmp_path, parallel={"processes": 2, "rendezvous": "10.0.0.5:29501", "nodes": 2})
+    assert "--nproc-per-node=4" in said(train, **PUBLISHED)
+    told = said(hosts, **PUBLISHED)
+    assert "--nnodes=3 --node-rank=1 --nproc-per-node=4 --master-addr=10.0.0.9 --master-port=29501" in told
+    told = said(hosts, **PUBLISHED, NNODES="5", NODE_RANK="2", NPROC_PER_NODE="8", MASTER_ADDR="first")
+    assert "--nnodes=5 --node-rank=2 --nproc-per-node=8 --master-addr=first --master-port=29501" in told
+
+
+PDSH = """#!/bin/bash
+[ "$1 $2 $3 $4" = "-S -R exec -w" ] || exit 2
+IFS=, read -r -a hosts <<< "$5"
+for number in "${!hosts[@]}"; do
+    words=()
+    for word in "${@:6}"; do
+        word="${word//%h/${hosts[$number]}}"
+        word="${word//%n/$number}"
+        words+=("${word//%%/%}")
+    done
+    "${words[@]}"
+done
+"""
+SSH = '#!/bin/bash\n[ $# = 2 ] && echo "on $1:" && exec bash -c "$2"\n'
+
+
+def test_one_machine_starts_all_by_pdsh(tmp_path):
+    """With programs named pdsh and ssh that do what they do, on this machine."""
+    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2})
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, text in (("pdsh", PDSH), ("ssh", SSH)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    told = said(hosts, "data.prompts=50% odd 'words'", HOSTS="first,second", PATH=path).splitlines()
+    assert [line for line in told if line.startswith("on ")] == ["on first:", "on second:"]
+    for number, line in enumerate(line for line in told if "torch.distributed" in line):
+        assert f"--nnodes=2 --node-rank={number} --nproc-per-node=2 --master-addr=first --master-port=29500" in line
+        assert line.endswith("parallel.rendezvous=first:29500 data.prompts=50% odd 'words'")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_projects_own_scripts_are_these_for_any_run(tmp_path):
+    scripts = Path(__file__).parents[1] / "scripts"
+    for name, text in project_scripts().items():
+        assert (scripts / name).read_text() == text
+        assert os.access(scripts / name, os.X_OK)
+        subprocess.run(["bash", "-n", str(scripts / name)], check=True)
+
+    def told(script, *words, **environment):
+        command = ["bash", str(scripts / script), *words]
+        environment = {**os.environ, "PYTHON": "echo", **environment}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    said = told("train.sh", "flux-dev", "seed=2", HOST_GPU_NUM="8").stdout.strip()
+    assert "--standalone --nproc-per-node=8" in said
+    assert said.endswith("train flux-dev --resume parallel.processes=8 parallel.nodes=1 seed=2")
+    said = told("multi_host.sh", "my run.yaml", "seed=2", **PUBLISHED).stdout.strip()
+    assert "--nnodes=3 --node-rank=1 --nproc-per-node=4 --master-addr=10.0.0.9 --master-port=29500" in said
+    assert "train my run.yaml --resume" in said
+    refused = told("train.sh")
+    assert refused.returncode and "name a run" in refused.stderr
 
 
 def test_train_sh_trains_also_where_the_folder_was_moved_to(tmp_path):

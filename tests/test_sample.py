@@ -20,10 +20,11 @@ from srpo_core.assemble import assemble
 from srpo_core.cli import main
 from srpo_core.config import ConfigError, ParallelConfig
 from srpo_core.description import make_config
+from srpo_core.devices import divided_world
 from srpo_core.errors import NotFiniteError
 from srpo_core.files import fingerprint
 from srpo_core.interfaces import Components
-from srpo_core.parallel import World, divided_world
+from srpo_core.parallel import World
 from srpo_core.picture_files import INDEX, SHEET, parameters, plan, prompt_of, read_record
 from srpo_core.sampling import ChosenLora, SampleSettings, chosen_checkpoint, sample
 from srpo_core.score_files import find_pictures

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,17 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
     flow = tiny_flow(DTYPES[config.dtype])
     flow.module.to(device)
     return Components(flow, tiny_autoencoder(), encode_text, {"brightness": brightness}, PROMPTS)
+
+
+def load_even(config: ModelConfig, device: torch.device | str) -> Components:
+    """With prompts of four tokens, which two processes can share."""
+
+    def encode(prompts: Sequence[str]) -> PromptBatch:
+        whole = encode_text(prompts)
+        embeds = {name: one[:, :4] if one.ndim == 3 else one for name, one in whole.embeds.items()}
+        return PromptBatch(whole.prompts, embeds)
+
+    return replace(load(config, device), text_encoder=encode)
 
 
 def load_reward(config: RewardConfig, device: torch.device | str) -> ColourReward:

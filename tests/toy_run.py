@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from toy import CHANNELS, DISLIKED, LIKED, DotReward, ExactFlow, LinearAutoencoder
@@ -30,3 +32,16 @@ def load(config: ModelConfig, device: torch.device | str) -> Components:
 
 def load_reward(config: RewardConfig, device: torch.device | str) -> DotReward:
     return DotReward()
+
+
+class BrokenFlow(ExactFlow):
+    """One whose third call fails on the second of several processes."""
+
+    def velocity(self, *args: Any) -> torch.Tensor:
+        if len(self.calls) == 2 and os.environ.get("RANK") == "1":
+            raise ValueError("broken")
+        return super().velocity(*args)
+
+
+def load_broken(config: ModelConfig, device: torch.device | str) -> Components:
+    return Components(BrokenFlow(), LinearAutoencoder(), encode_text, {}, PROMPTS)

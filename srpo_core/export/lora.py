@@ -14,6 +14,7 @@ from srpo_core.checkpoint import read_state, read_tensors
 from srpo_core.config import ConfigError
 from srpo_core.export.formats import DTYPES, Stream, cast, check_dtype, check_file, tensors_source, write
 from srpo_core.lora import ADAPTER
+from srpo_core.sharded_checkpoint import is_saved
 from srpo_core.weights.lora_names import Lora, LoraLayer, lora_tensors
 
 
@@ -38,8 +39,8 @@ def checkpoint_lora(folder: Path) -> dict[str, Tensor]:
     lora = read_state(folder)["lora"]
     if not lora:
         raise ConfigError(f"the run of {folder} trained all parameters")
-    averaged = (folder / "ema.safetensors").is_file()
-    return lora_tensors(trained_lora(read_tensors(folder, "ema" if averaged else "weights"), lora["alpha"]))
+    name = "ema" if is_saved(folder, "ema") else "weights"
+    return lora_tensors(trained_lora(read_tensors(folder, name), lora["alpha"]))
 
 
 def write_lora(

@@ -25,8 +25,8 @@ from srpo_core.export.transformer import check_merge, merge_stream, transformer_
 from srpo_core.export.writer import check_place
 from srpo_core.models import find_transformer, load_model
 from srpo_core.models.flux_files import Part
+from srpo_core.sharded_checkpoint import is_saved, open_saved
 from srpo_core.weights.lora_names import Lora, read_lora
-from srpo_core.weights.tensors import open_tensors
 
 What = Literal["auto", "lora", "transformer", "vae"]
 
@@ -109,11 +109,10 @@ def run_source(
         return lambda meta: transformer_tensors(module, meta), lambda: module_config(module)
     name = "ema" if averaged else "weights"
     if not state["lora"]:
-        file = open_tensors(folder / f"{name}{SUFFIX}", "")
+        saved = open_saved(folder, name)
 
         def source(meta: bool) -> Stream:
-            opened = file.outline() if meta else file
-            return ((name, opened.read(name)) for name in file.info)
+            return ((name, saved.outline(name) if meta else saved.read(name)) for name in saved.info)
 
     else:
         trained = trained_lora(read_tensors(folder, name), state["lora"]["alpha"])
@@ -167,7 +166,7 @@ def _choose(what: str, state: Mapping[str, Any]) -> str:
 
 
 def _averaged(folder: Path, averaged: bool | None) -> bool:
-    kept = (folder / f"ema{SUFFIX}").is_file()
+    kept = is_saved(folder, "ema")
     if averaged and not kept:
         raise ConfigError(f"{folder} has no running average: the run had optim.ema_decay=0")
     return kept if averaged is None else averaged

@@ -12,8 +12,9 @@ from torch import nn
 
 from srpo_core.config import ModelConfig
 from srpo_core.interfaces import Autoencoder, Components, TrainableFlow
-from srpo_core.lora import linear_shapes, merge_lora
+from srpo_core.lora import linear_shapes, merge_lora, merged
 from srpo_core.registry import resolve
+from srpo_core.weights.loading import Stream
 from srpo_core.weights.lora_names import Lora, check_lora, read_lora
 
 if TYPE_CHECKING:
@@ -70,6 +71,17 @@ class WithLora(Components):
         flow = self._parts.flow
         merge_lora(flow.module, self._lora, self._strength)
         return flow
+
+    def empty_flow(self) -> tuple[TrainableFlow, Stream] | None:
+        empty = self._parts.empty_flow()
+        if empty is None:
+            return None
+        flow, stream = empty
+        layers = {f"{name}.weight": layer for name, layer in self._lora.layers.items()}
+        return flow, (
+            (name, merged(tensor, layers[name], self._strength) if name in layers else tensor)
+            for name, tensor in stream
+        )
 
     @property
     def full_precision(self) -> bool:  # type: ignore[override]

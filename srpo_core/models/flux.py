@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,9 @@ from srpo_core.keeping import recompute_blocks
 from srpo_core.models.flux_files import Part, find_autoencoder, find_transformer
 from srpo_core.models.flux_prompts import EVAL_PROMPTS
 from srpo_core.models.flux_text import MAX_TOKENS, FluxTextEncoder, TextFiles, find_text, text_outline
+from srpo_core.parallel import World
 from srpo_core.weights.compressed import fill_compressed
+from srpo_core.weights.loading import Stream
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
@@ -112,6 +115,22 @@ class FluxFlow:
             )
         return self.module.config.in_channels // 4, height // self.downscale, width // self.downscale
 
+    def check_context(self, context: int, sizes: Iterable[tuple[int, int]]) -> None:
+        """ConfigError unless `context` processes can share pictures of these sizes (height, width) in pixels."""
+        from srpo_core.models.flux_context import check_context, check_tokens
+
+        check_context(self.module, context)
+        check_tokens(MAX_TOKENS, "prompts", context)
+        for height, width in sizes:
+            _, rows, columns = self.latent_shape(height, width)
+            check_tokens(rows * columns // 4, f"pictures of {width} x {height} (data.width, data.height)", context)
+
+    def share_tokens(self, world: World) -> None:
+        """Have groups of world.context processes share each picture's tokens, from here on in every call."""
+        from srpo_core.models.flux_context import share_tokens
+
+        share_tokens(self.module, world)
+
 
 class ImageAutoencoder:
     """A frozen `AutoencoderKL` or `AutoencoderTiny` as an Autoencoder, in the flow model's scaled latents."""
@@ -192,6 +211,13 @@ class FluxComponents(Components):
         """The transformer, in model.dtype or, with `full_precision`, in float32."""
         return _flow(self._transformer, self._config, self._device, self.full_precision, self._downscale)
 
+    def empty_flow(self) -> tuple[FluxFlow, Stream]:
+        """The transformer on meta, and its weights in model.dtype or, with `full_precision`, in float32."""
+        dtype = torch.float32 if self.full_precision else DTYPES[self._config.dtype]
+        stream = self._transformer.stream(None, dtype, self._device)
+        flow = _with_recompute(self._transformer.empty(), self._config, self._downscale)
+        return flow, ((name, tensor.to(self._device, dtype)) for name, tensor in stream)
+
     @cached_property
     def autoencoder(self) -> ImageAutoencoder:
         """The autoencoder in model.dtype."""
@@ -232,9 +258,13 @@ def _flow(
         module = fill_compressed(part.empty(), part.stream(), dtype, device, part.file, BLOCKS, memory)
     else:
         module = part.load(torch.float32 if full_precision else dtype, device)
+    return _with_recompute(module, config, downscale)
+
+
+def _with_recompute(module: FluxTransformer2DModel, config: ModelConfig, downscale: int) -> FluxFlow:
     if config.recompute:
         module.enable_gradient_checkpointing()
-    return FluxFlow(module, downscale, dtype)
+    return FluxFlow(module, downscale, DTYPES[config.dtype])
 
 
 def _check_fit(

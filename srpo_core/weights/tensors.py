@@ -101,9 +101,16 @@ class TensorFile:
         """The files that its tensors lie in, in order."""
         return sorted({place.path for place in self._places.values()})
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name` in memory of its own, in its stored dtype. WeightsError if the file was cut meanwhile."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor `name` in memory of its own, in its stored dtype. WeightsError if the file was cut meanwhile.
+
+        `rows` (first, end) reads only these of its first side.
+        """
         info, place = self.info[name], self._places[name]
+        if rows is not None:
+            row = TensorInfo(info.shape[1:], info.dtype)
+            place = _Place(place.path, place.offset + rows[0] * row.bytes)
+            info = TensorInfo((rows[1] - rows[0], *row.shape), info.dtype)
         if info.dtype not in DTYPES:
             raise self.error(f"{name} is stored as {info.dtype}, which can't be read here", "use a file in fp8 or more")
         if self._meta:

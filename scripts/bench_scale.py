@@ -1,0 +1,119 @@
+"""What a training step takes on several GPUs, with FLUX.1-dev's shapes and the published recipe, a picture for each.
+
+    PYTHONPATH=. torchrun --nproc-per-node=1 scripts/bench_scale.py --out scale.json
+    PYTHONPATH=. torchrun --nproc-per-node=2 scripts/bench_scale.py --out scale.json
+
+All weights are trained, in parts (parallel.strategy=shard) in float32 with float32 moments. One GPU has no room for
+that: it trains weights in bfloat16 with moments in 8 bits, by the same model calls. Efficiency is its step's time over
+that of N GPUs, each with as much work; --out keeps the rows of every launch. Needs no files (scripts/bench_step.py).
+Times are medians of the steps after the first ones, of the slowest process. `--tiny` shrinks the models, to try it with
+gloo on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from bench_memory import gib
+from bench_step import build, describe
+
+from srpo_core.config import ParallelConfig
+from srpo_core.devices import training_world
+from srpo_core.metrics import Clock
+from srpo_core.parallel import World
+
+ALONE = "model.trained_memory=bfloat16 optim.states=8bit"
+SHARDED = "model.trained_memory=float32 optim.states=float32 parallel.strategy=shard"
+ROWS = {
+    "gathered by layer": "",
+    "gathered for the rollout": "parallel.gathered=rollout",
+    "gathered for the step": "parallel.gathered=step",
+    "gathered for the step, compiled": "parallel.gathered=step model.compile=true",
+    "gathered for the step, compiled, activations kept": (
+        "parallel.gathered=step model.compile=true model.recompute=false"
+    ),
+}
+"""By name: settings on top of the recipe and of SHARDED; one GPU has no use for those of parallel."""
+WARM_UP, MEASURED = 2, 3
+
+
+def settings_of(row: str, world: World) -> str:
+    """A row's settings on this number of GPUs."""
+    if world.size > 1:
+        return f"{SHARDED} parallel.processes={world.size} {row}"
+    return " ".join([ALONE, *(word for word in row.split() if not word.startswith("parallel."))])
+
+
+def measure(settings: str, tiny: bool, world: World) -> dict[str, object]:
+    """Seconds by phase, of the slowest process, and each one's memory."""
+    config = describe(settings, tiny)
+    torch.manual_seed(0)  # each process draws all numbers and keeps its part of them
+    cuda = world.device.type == "cuda"
+    start = time.perf_counter()
+    _, _, learner = build(config, tiny, world)
+    world.exchange(None)
+    row: dict[str, object] = {"settings": settings, "build_seconds": round(time.perf_counter() - start, 1)}
+    steps = []
+    for number in range(1, WARM_UP + MEASURED + 1):
+        if cuda and number == WARM_UP + 1:
+            torch.cuda.reset_peak_memory_stats()
+        clock = Clock(world.synchronize, world.device)
+        metrics = learner.step(number, clock)
+        each = world.exchange(clock.seconds | {"step": clock.total()})
+        steps.append({name: max(one[name] for one in each) for name in each[0]})
+        if world.is_main:
+            told = {name: round(value, 3) for name, value in steps[-1].items()}
+            print(f"# step {number}: {told} loss {metrics.loss:.6f} gradient {metrics.grad_norm:.6f}", flush=True)
+    row["first_step_seconds"] = round(steps[0]["step"], 1)
+    measured = steps[WARM_UP:]
+    row["seconds"] = {name: round(statistics.median(step[name] for step in measured), 4) for name in measured[0]}
+    if cuda:
+        row["held_gib"] = world.exchange(gib(torch.cuda.memory_allocated()))
+        row["peak_gib"] = world.exchange(gib(torch.cuda.max_memory_allocated()))
+        row["reserved_gib"] = world.exchange(gib(torch.cuda.max_memory_reserved()))
+    return row
+
+
+def keep(out: Path, world: World, name: str, row: dict[str, object]) -> None:
+    """Put a row beside those of other launches, with its efficiency where one GPU's is there."""
+    record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    alone = record.get("1", {}).get(name)
+    if alone is not None and world.size > 1:
+        row["efficiency"] = round(alone["seconds"]["step"] / row["seconds"]["step"], 3)
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+    record |= {"device": device, "torch": torch.__version__}
+    record.setdefault(str(world.size), {})[name] = row
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measure the rows, one by one."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("bench_scale.json"))
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--row", action="append", default=[], help='a row of your own, "name: key=value key=value"')
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args()
+    world = training_world(ParallelConfig(strategy="shard"))
+    wanted = {name: ROWS[name] for name in args.rows} | dict(row.split(": ", 1) for row in args.row)
+    done: dict[str, dict[str, object]] = {}
+    with world.joined():
+        for name, row in wanted.items():
+            settings = settings_of(row, world)
+            told = done[settings] = dict(done.get(settings) or measure(settings, args.tiny, world))
+            gc.collect()
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if world.is_main:
+                keep(args.out, world, name, told)
+                print(f"{world.size} x {name}: {json.dumps(told)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+#!/bin/bash
+# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh:
+#   HOSTS=first,second bash scripts/multi_host.sh RUN
+# or by running it on every machine at about the same time, with the same numbers but for NODE_RANK:
+#   NNODES          how many machines there are                              (or HOST_NUM)
+#   NODE_RANK       which of them this one is: 0, 1, ...                     (or INDEX)
+#   NPROC_PER_NODE  processes on each machine, one for each GPU              (or HOST_GPU_NUM)
+#   MASTER_ADDR     name or address of machine 0, as the others reach it     (or CHIEF_IP)
+#   MASTER_PORT     a port on machine 0 that is free and that no firewall closes
+# The rendezvous: torchrun on machine 0 listens at MASTER_ADDR:MASTER_PORT, the others' come to it, and training begins
+# when all are there; until then, each waits for the others. From then on processes talk to each other directly, over
+# InfiniBand where NCCL finds it: NCCL_SOCKET_IFNAME names the network, NCCL_DEBUG=INFO says what was found.
+# The run's folder, the models and this program must be at the same paths on all machines. Only machine 0 writes
+# previews and curves; of a model in parts (parallel.strategy), every process writes its part of a checkpoint.
+set -euo pipefail
+SELF="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")"
+ARGS=("$@")
+RUN="${1:?name a run: a preset, a description or a folder, and then settings}"
+shift
+PROJECT="${PROJECT:-$(dirname "$(dirname "$SELF")")}"
+PYTHON="${PYTHON:-$PROJECT/.venv/bin/python}"
+SRPO="$PROJECT/srpo_core/__main__.py"
+GPUS_HERE="$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)"
+PROCESSES="$((GPUS_HERE > 0 ? GPUS_HERE : 1))"
+NPROC_PER_NODE="${NPROC_PER_NODE:-${HOST_GPU_NUM:-}}"
+PORT=29500
+MASTER_PORT="${MASTER_PORT:-$PORT}"
+NODE_RANK="${NODE_RANK:-${INDEX:-}}"
+if [ -n "${HOSTS:-}" ] && [ -z "$NODE_RANK" ]; then
+    IFS=, read -r -a NAMES <<< "$HOSTS"
+    numbers=(NNODES="${#NAMES[@]}" MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-${NAMES[0]}}}")
+    numbers+=(MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
+    command="$(printf '%q ' env "${numbers[@]}" bash "$SELF" ${ARGS[@]+"${ARGS[@]}"})"
+    exec pdsh -S -R exec -w "$HOSTS" ssh %h "NODE_RANK=%n ${command//%/%%}"  # %h and %n: a host and its number
+fi
+NNODES="${NNODES:-${HOST_NUM:-2}}"
+NPROC_PER_NODE="${NPROC_PER_NODE:-$PROCESSES}"
+NODE_RANK="${NODE_RANK:-0}"
+HOST="${HOSTNAME:-localhost}"
+MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-$HOST}}"
+exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \
+    --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+    "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes="$NNODES" \
+    parallel.node_rank="$NODE_RANK" parallel.rendezvous="$MASTER_ADDR:$MASTER_PORT" "$@"

@@ -1,0 +1,248 @@
+"""What processes that hold parts of one model can rely on, asserted in all: `torchrun ... sharding_laws.py DIR`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import conftest  # noqa: F401 (one thread, and the first import of srpo_core)
+import torch
+from parallel_laws import full, raised, trainer_of
+from safetensors.torch import save_file
+from tiny import tiny_config
+
+from srpo_core import checkpoint
+from srpo_core.assemble import _sharded
+from srpo_core.checkpoint import checkpoint_folder, load_weights, read_tensors
+from srpo_core.config import ParallelConfig
+from srpo_core.devices import training_world
+from srpo_core.errors import NotFiniteError, TrainingError
+from srpo_core.learner import Learner
+from srpo_core.metrics import Clock
+from srpo_core.models import load_model
+from srpo_core.parallel import OthersError, World, ends_all
+from srpo_core.sharding import is_part, part_of
+from srpo_core.stopping import StopRequested
+from srpo_core.trainer import Trainer
+
+STEPS = {"optim__ema_decay": 0.5, "rollout__same_noise": False, "align__draws_per_rollout": 2, "optim__eps": 1e-6}
+LORA = {"lora__rank": 2}
+CLOSE = 1e-5
+"""A step moves a weight by 1e-3; sums in another order differ in the last digits."""
+
+
+def sharded(folder: Path, strategy: str, **settings: object) -> Trainer:
+    parallel = {"device": "cpu", "strategy": strategy, **settings.pop("parallel", {})}
+    return trainer_of(folder, training_world(ParallelConfig(**parallel)), **STEPS | settings, parallel=parallel)
+
+
+def single(folder: Path, processes: int, **settings: object) -> Trainer:
+    """One process that does what `processes` do."""
+    alone = World(0, 1, torch.device("cpu"))
+    return trainer_of(folder, alone, **STEPS | settings, optim__accumulation=processes)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().full_tensor() if is_part(tensor) else tensor.detach()
+
+
+def far(ours: Learner, theirs: Learner, kind: str = "weights") -> float:
+    """The largest difference between two learners' weights or averages."""
+    mine, other = ours.tensors()[kind], theirs.tensors()[kind]
+    assert mine.keys() == other.keys()
+    return max(float((whole(mine[name]) - other[name]).abs().max()) for name in other)
+
+
+def learns(folder: Path, strategy: str, **settings: object) -> Trainer:
+    """Processes with parts of a model learn what one with all of it does, from all their micro-batches."""
+    ours = sharded(folder / "ours", strategy, **settings)
+    compare(ours, single(folder / "theirs", ours.world.size, **settings))
+    if not settings.get("lora__rank"):
+        assert all(map(is_part, ours.learner.trained.values()))
+        held = sum(part_of(p).numel() for p in ours.learner.trained.values())
+        total = sum(p.numel() for p in ours.learner.trained.values())
+        assert 0.45 < held / total < 0.55  # of two, or of two on each machine
+    return ours
+
+
+def compare(ours: Trainer, theirs: Trainer) -> None:
+    """They learn the same, and draw the same."""
+    for step in (1, 2):
+        told, wanted = (trainer.learner.step(step, Clock(lambda: None)) for trainer in (ours, theirs))
+        for name in ("loss", "sigma", "grad_norm", "lr"):
+            assert abs(getattr(told, name) - getattr(wanted, name)) <= CLOSE * abs(getattr(wanted, name)), name
+        assert told.source == wanted.source
+    for kind in ("weights", "ema"):
+        assert far(ours.learner, theirs.learner, kind) < CLOSE, kind
+    draws(ours, theirs)
+
+
+def draws(ours: Trainer, theirs: Trainer) -> None:
+    """Pictures and scores of the averaged weights, with more processes than batches or fewer; then all is as before."""
+    before = [part_of(p).detach().clone() for p in ours.learner.trained.values()]
+    for count in (1, 3):
+        with ours.learner.averaged():
+            images, scores = replace(ours._gallery(count), batch_size=1).draw(ours.flow, ours.world)
+        with theirs.learner.averaged():
+            wanted, wanted_scores = replace(theirs._gallery(count), batch_size=1).draw(theirs.flow, theirs.world)
+        if ours.world.is_main:
+            assert torch.allclose(images, wanted, atol=1e-4)
+        assert scores.keys() == wanted_scores.keys()
+        for name, values in scores.items():
+            assert torch.allclose(torch.tensor(values), torch.tensor(wanted_scores[name]), atol=1e-4), name
+    assert all(map(torch.equal, before, (part_of(p) for p in ours.learner.trained.values())))
+
+
+def reads_its_part(folder: Path, world: World) -> None:
+    """Of FLUX's files, with a LoRA merged in, each process reads its part, without the whole model in memory."""
+    for dtype, settings in (("float32", {}), ("bfloat16", LORA)):
+        model = {"family": "flux", "path": str(folder), "dtype": dtype, "lora": str(folder / "lora.safetensors")}
+        config = tiny_config(folder / "run", model=model, parallel={"device": "cpu", "strategy": "shard"}, **settings)
+        parts, one = (load_model(config.model, "cpu") for _ in range(2))
+        parts.full_precision = one.full_precision = not settings
+        with mock.patch("srpo_core.models.flux_files.Part.load", side_effect=AssertionError("loaded whole")):
+            ours = dict(_sharded(config, parts, world).module.named_parameters())
+        theirs = dict(one.flow.module.named_parameters())
+        assert ours.keys() == theirs.keys() and all(map(is_part, ours.values()))
+        assert all(torch.equal(whole(ours[name]), parameter) for name, parameter in theirs.items())
+        assert {p.dtype for p in ours.values()} == {torch.bfloat16 if settings else torch.float32}
+
+
+def computes_narrowly(folder: Path) -> None:
+    """Weights are gathered in model.dtype and trained in float32; as with autocast, but for the norms' scales."""
+    ours = sharded(folder / "ours", "shard", model__dtype="bfloat16")
+    theirs = single(folder / "theirs", ours.world.size, model__dtype="bfloat16")
+    block = ours.flow.module.transformer_blocks[0]
+    seen = []
+    block.attn.register_forward_pre_hook(lambda layer, _: seen.append(layer.to_q.weight.dtype))
+    told, wanted = (trainer.learner.step(1, Clock(lambda: None)) for trainer in (ours, theirs))
+    assert set(seen) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in ours.learner.trained.values()} == {torch.float32}
+    assert abs(told.loss - wanted.loss) < 0.01 * abs(wanted.loss)
+    assert abs(told.grad_norm - wanted.grad_norm) < 0.05 * wanted.grad_norm
+
+
+def shares_tokens(folder: Path, strategy: str) -> None:
+    """Two processes that share each picture learn what one does; each pair has pictures of its own."""
+    parallel, family = {"context": 2}, {"model__family": "tiny:load_even"}
+    with mock.patch("torch.accelerator.device_count", return_value=1):  # on the CPU there is none
+        ours = sharded(folder / "ours", strategy, parallel=parallel, **family)
+    world = ours.world
+    assert world.exchange(world.part) == [rank // 2 for rank in range(world.size)]
+    compare(ours, single(folder / "theirs", world.parts, **family))
+
+
+def keeps_blocks_gathered(folder: Path) -> None:
+    """However long blocks stay gathered, and wherever their parts are, the numbers are the same."""
+    reached = []
+    for i, parallel in enumerate(({}, {"gathered": "rollout"}, {"gathered": "step", "offload": True})):
+        trainer = sharded(folder / str(i), "shard", parallel=parallel | {"processes": 2})
+        for step in (1, 2):
+            trainer.learner.step(step, Clock(lambda: None))
+        reached.append([part_of(p).detach().clone() for p in trainer.learner.trained.values()])
+    for other in reached[1:]:
+        assert all(map(torch.equal, reached[0], other))
+
+
+def saves(trainer: Trainer, folder: Path) -> None:
+    """A checkpoint in parts reads as a whole one, and is there whole or not at all."""
+    learner, world = trainer.learner, trainer.world
+    wanted = {name: {key: whole(t) for key, t in named.items()} for name, named in learner.tensors().items()}
+    trainer.run_dir, trainer.metrics.step = folder, 2
+    checkpoint.save_parts(world, folder, 2, learner.tensors(), {"best": None, "lora": None, "metrics": {"step": 2}})
+    place = checkpoint_folder(folder, 2)
+    assert len(list((place / "weights").glob("part-*.safetensors"))) == world.size
+    for name, named in wanted.items():
+        told = read_tensors(place, name)
+        assert told.keys() == named.keys()
+        assert all(torch.equal(told[key], tensor) for key, tensor in named.items()), name
+    plain = single(folder / "plain", 1)
+    load_weights(place, plain.flow.module, averaged=False)
+    assert far(learner, plain.learner) == 0
+    with mock.patch("srpo_core.parts_storage.save_file", full_disk if world.rank else save_file):
+        told = raised(TrainingError, lambda: checkpoint.save_parts(world, folder, 3, learner.tensors(), {"best": None}))
+    assert "the disk is full" in str(told)
+    assert "step-000002" in str(told)
+    world.exchange(None)
+    assert not [path for path in (folder / "checkpoints").iterdir() if path.name != "step-000002"]
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def goes_on(folder: Path, strategy: str, **settings: object) -> None:
+    """A run goes on from a checkpoint of any strategy and number of processes as if it had been its own."""
+    theirs = single(folder / "reference", 1, **settings)
+    theirs.learner.restore(folder)
+    ours = sharded(folder / strategy, strategy, **settings)
+    ours.learner.restore(folder)
+    for kind in ("weights", "ema", "optimizer"):
+        assert far(ours.learner, theirs.learner, kind) == 0, kind
+
+
+def drops_what_is_not_finite(folder: Path) -> None:
+    """One process's NaN ends the step in all at the same place; then they can go on."""
+    trainer = sharded(folder / "nan", "shard")
+    decode = trainer.autoencoder.decode
+    before = [part_of(p).detach().clone() for p in trainer.learner.trained.values()]
+    if trainer.world.rank == 1:
+        trainer.autoencoder.decode = lambda latents: decode(latents) * torch.nan
+    error = raised(TrainingError, lambda: trainer.learner.step(1, Clock(lambda: None)))
+    assert isinstance(error, NotFiniteError if trainer.world.rank == 1 else OthersError)
+    assert "is not finite" in str(error) and not ends_all(error)
+    assert all(map(torch.equal, before, (part_of(p) for p in trainer.learner.trained.values())))
+    trainer.autoencoder.decode = decode
+    trainer.learner.step(1, Clock(lambda: None))
+
+
+def stops_together(folder: Path) -> None:
+    """A request that one process has seen stops all of them."""
+    trainer = sharded(folder / "stop", "shard")
+
+    def check() -> None:
+        if trainer.world.rank == 1:
+            raise StopRequested
+
+    trainer.learner._check = trainer.world.agreed(check)
+    raised(StopRequested, lambda: trainer.learner.step(1, Clock(lambda: None)))
+    assert trainer.world.exchange(trainer.world.rank) == list(range(trainer.world.size))
+
+
+def survives_a_failed_preview(folder: Path) -> None:
+    """One process's failing measure is a warning on all, as long as all have called the model as often."""
+    trainer = sharded(folder / "preview", "shard", output__preview_prompts=3)
+    if trainer.world.rank == 1:
+        trainer.previews.measures["brightness"] = full
+    trainer._preview(trainer.metrics, trainer._log())
+    assert not trainer.metrics.preview
+    trainer.learner.step(1, Clock(lambda: None))
+
+
+def main() -> None:
+    folder, world = Path(sys.argv[1]), training_world(ParallelConfig(device="cpu", strategy="shard"))
+    with world.joined():
+        if world.size == 2:
+            saves(learns(folder / "full", "shard"), folder / "full" / "saved")
+            learns(folder / "lora", "shard", **LORA)
+            shares_tokens(folder / "context", "replicate")
+            reads_its_part(folder / "flux", world)
+            computes_narrowly(folder / "bf16")
+            keeps_blocks_gathered(folder)
+            drops_what_is_not_finite(folder)
+            stops_together(folder)
+            survives_a_failed_preview(folder)
+            goes_on(checkpoint_folder(folder / "one", 2), "shard")
+        else:
+            os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two machines
+            learns(folder / "hybrid", "hybrid")
+            shares_tokens(folder / "context", "shard")
+            goes_on(checkpoint_folder(folder / "one", 2), "hybrid")
+    (folder / f"rank-{world.rank}").touch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Training with parts of a model on each process: the laws of several processes, and whole runs of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from background_runs import LIMIT, ended, no_process_left, run, until  # noqa: F401
+from flux_runs import lora_file, save_flux
+from safetensors.torch import load_file
+from sharding_laws import STEPS
+from test_launch_several import gone, ranks_of
+from test_parallel import ENVIRONMENT, TESTS, train
+from tiny import tiny_config, tiny_flow
+from toy_run import SETTINGS
+
+from srpo_core import launch
+from srpo_core.assemble import assemble
+from srpo_core.checkpoint import checkpoint_folder, latest, read_tensors
+from srpo_core.checks import check_sharing
+from srpo_core.config import ConfigError, ParallelConfig
+from srpo_core.devices import training_world
+from srpo_core.export import export_run
+from srpo_core.metrics import read_metrics
+from srpo_core.models import load_model
+from srpo_core.run_state import read_state
+from srpo_core.sharded_checkpoint import open_saved
+from srpo_core.weights.tensors import WeightsError
+
+SHARDED = {"device": "cpu", "processes": 2, "strategy": "shard"}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_processes_with_parts_of_a_model_can_rely_on(tmp_path, processes):
+    """4 are 2 on each of two machines; both go on with what one process began."""
+    assemble(tiny_config(tmp_path / "one", **STEPS | {"optim__steps": 2})).train()
+    save_flux(tmp_path / "flux")
+    lora_file(tmp_path / "flux" / "lora.safetensors", tmp_path / "flux")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*command, str(TESTS / "sharding_laws.py"), str(tmp_path)],
+        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=2 * LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("rank-*"))) == processes
+
+
+def test_a_sharded_run_is_read_by_one_process_that_goes_on_with_it(tmp_path):
+    folder, one = tmp_path / "two", tmp_path / "one"
+    course = STEPS | {"optim__steps": 2, "output__evaluate_prompts": 3}
+    result = str(tmp_path / "result.safetensors")
+    told = train(tiny_config(folder, parallel=SHARDED, output__result=result, **course), tmp_path / "two.json")
+    assert told.count("finished after step 2") == told.count("Done: ") == 1
+    assert (folder / "report.html").is_file()
+    assemble(tiny_config(one, **course | {"optim__accumulation": 2})).train()
+    ours, theirs = (read_tensors(checkpoint_folder(of, 2), "weights") for of in (folder, one))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-5) for name in theirs)
+    for mine, other in zip(read_metrics(folder), read_metrics(one), strict=True):
+        assert mine.get("preview") == pytest.approx(other.get("preview"), abs=1e-4)
+        for name in ("loss", "grad_norm", "velocity_drift") if mine["step"] else ():
+            assert mine[name] == pytest.approx(other[name], rel=1e-3)
+
+    averages = read_tensors(checkpoint_folder(folder, 2), "ema")
+    for path in (Path(result), export_run(folder, tmp_path / "again.safetensors", dtype="float32")):
+        written = load_file(path)
+        assert written.keys() == averages.keys()
+        assert all(torch.equal(written[name], averages[name].to(written[name].dtype)) for name in averages)
+
+    alone = tiny_config(folder, **course | {"optim__steps": 3})
+    assert assemble(alone).train(resume=True).finished
+    assert (latest(folder) / "weights.safetensors").is_file()
+
+
+def damage(index: Path, kind: str) -> None:
+    part = index.parent / "part-0001.safetensors"
+    if kind == "missing":
+        part.unlink()
+    elif kind == "cut":
+        part.write_bytes(part.read_bytes()[:-4])
+    elif kind == "elsewhere":
+        index.write_text(index.read_text().replace("part-0001", "../part-0001"))
+    else:
+        index.write_text(index.read_text().replace('"shape": [', '"shape": [1, '))
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut", "elsewhere", "misfit"])
+def test_damaged_parts_are_told(tmp_path, kind):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for part in (0, 1):
+        save_file({"a": torch.full((2, 3), float(part))}, folder / f"part-000{part}.safetensors")
+    index = folder / "index.json"
+    parts = {"part-0000.safetensors": [0, 0], "part-0001.safetensors": [2, 0]}
+    index.write_text(json.dumps({"a": {"shape": [4, 3], "parts": parts}}))
+    assert open_saved(tmp_path, "weights").read("a").tolist() == [[0.0] * 3] * 2 + [[1.0] * 3] * 2
+    damage(index, kind)
+    with pytest.raises(WeightsError, match=r"part-0001|index.json"):
+        open_saved(tmp_path, "weights")
+
+
+def test_a_killed_process_of_a_sharded_run_ends_it(tmp_path):
+    folder = tmp_path / "run"
+    launch.start(run(folder, 9999, output__checkpoint_every=1, parallel=SHARDED))
+    family = ranks_of(until(folder, lambda state: latest(folder) is not None))
+    family[1].kill()
+    assert gone(family)
+    state = until(folder, ended)
+    assert state.status == "failed"
+    assert "another process of this run is gone" in state.error
+    assert f"the last good checkpoint is {latest(folder)}" in state.error
+
+
+def test_what_ends_one_process_inside_the_model_is_told_by_all(tmp_path):
+    folder = tmp_path / "run"
+    broken = SETTINGS["model"] | {"family": "toy_run:load_broken"}
+    launch.start(tiny_config(folder, **SETTINGS | {"model": broken}, parallel=SHARDED))
+    state = until(folder, ended)
+    assert state.status == "failed"
+    assert "rank 1 of 2: ValueError: broken" in state.error
+
+
+def test_a_request_stops_a_sharded_run_with_a_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    launch.start(run(folder, 9999, parallel=SHARDED))
+    until(folder, lambda state: state.step >= 2)
+    state = launch.stop(folder, LIMIT)
+    assert state.status == "stopped", state.error
+    assert latest(folder) == checkpoint_folder(folder, state.step)
+    assert (latest(folder) / "weights" / "index.json").is_file()
+    assert read_state(folder).status == "stopped"
+
+
+def test_groups_that_processes_cannot_form(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match=r"parallel\.context=2 with 3 processes"):
+        training_world(ParallelConfig(device="cpu", context=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model__frozen_memory": "8bit", "lora__rank": 2}, r"model.frozen_memory='8bit' with parallel.strategy"),
+        ({"optim__states": "8bit"}, r"optim.states='8bit'.*set optim.states=float32 or parallel.strategy=replicate"),
+        ({"rollout__precision": "fp8"}, r"rollout.precision='fp8' with parallel.strategy='shard'"),
+        ({"parallel": {"offload": True}}, r"parallel.offload=True.*set parallel.strategy=shard"),
+        ({"parallel": {"gathered": "step", "processes": 2}}, r"parallel.gathered='step'.*set parallel.strategy=shard"),
+        ({"parallel": {"context": 2}, "model__family": "toy_run:load"}, r"can't share a picture.*\(choices: 1\)"),
+        ({"parallel": {"context": 3}}, r"parallel.context=3: the model's 2 attention heads.*\(choices: 1, 2\)"),
+        ({"parallel": {"context": 2}, "data__height": 20, "data__width": 20}, r"20 x 20 .* 25 tokens, no multiple"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(tmp_path, settings, message):
+    config = tiny_config(tmp_path, **{"parallel": SHARDED} | settings)
+    flow = load_model(config.model, "cpu").outline()
+    with pytest.raises(ConfigError, match=message):
+        check_sharing(config, flow, [(config.data.height, config.data.width)])
+    check_sharing(tiny_config(tmp_path, parallel=SHARDED | {"context": 2}), tiny_flow(), [(16, 16)])
