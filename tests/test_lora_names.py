@@ -110,9 +110,9 @@ def test_diffusers_reads_the_same_changes(tmp_path, style):
     assert names.keys() == ours.keys()
     generator = torch.Generator().manual_seed(9)
     for layer, name in names.items():
-        probe = torch.randn(ours[layer].down.shape[1], generator=generator)
-        their_change = theirs[name.replace("lora_A", "lora_B")] @ (theirs[name] @ probe)
-        our_change = ours[layer].alpha / 2 * (ours[layer].up @ (ours[layer].down @ probe))
+        probe = torch.randn(ours[layer].down.shape[1], generator=generator).double()
+        their_change = theirs[name.replace("lora_A", "lora_B")].double() @ (theirs[name].double() @ probe)
+        our_change = ours[layer].alpha / 2 * (ours[layer].up.double() @ (ours[layer].down.double() @ probe))
         assert torch.allclose(our_change, their_change, rtol=1e-4, atol=1e-3), layer
 
 
