@@ -5,9 +5,10 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
-# Send it with `sbatch scripts/slurm.sh RUN` from the folder of this project; add the account and the partition that your cluster asks for. Each
-# machine of the job runs multi_host.sh once, and that starts a process for each GPU; the first machine of the job is
-# where they meet. When the time is up, send it again: training goes on from the newest checkpoint.
+# Send it with `sbatch scripts/slurm.sh RUN` from the folder of this project;
+# add the account and the partition that your cluster asks for. Each machine of the job runs multi_host.sh once, and
+# that starts a process for each GPU; the first machine of the job is where they meet. When the time is up, send it
+# again: training goes on from the newest checkpoint.
 set -euo pipefail
 SELF="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")"
 ARGS=("$@")

@@ -89,9 +89,10 @@ SLURM = """\
 #SBATCH --gpus-per-node={gpus_each}
 #SBATCH --cpus-per-task={cpus}
 #SBATCH --time=24:00:00
-# Send it with `sbatch {call}` from {folder}; add the account and the partition that your cluster asks for. Each
-# machine of the job runs multi_host.sh once, and that starts a process for each GPU; the first machine of the job is
-# where they meet. When the time is up, send it again: training goes on from the newest checkpoint."""
+# Send it with `sbatch {call}` from {folder};
+# add the account and the partition that your cluster asks for. Each machine of the job runs multi_host.sh once, and
+# that starts a process for each GPU; the first machine of the job is where they meet. When the time is up, send it
+# again: training goes on from the newest checkpoint."""
 SLURM_BODY = """\
 SCRIPT="$(dirname "$SELF")/multi_host.sh"
 if [ ! -f "$SCRIPT" ]; then  # Slurm runs a copy
