@@ -191,14 +191,14 @@ def test_a_state_that_can_not_be_read_for_a_moment(server):
 
 
 def test_stop_in_the_page_ends_the_graph_as_cancel_does(server):
-    folder = runs(server) / "halted"
+    folder = runs(server) / "halted-in-page"
     asked = []
 
     def stop(event):
         if event["type"] == "progress" and event["data"]["value"] >= 1 and not asked:
-            asked.append(server.send("/srpo/runs/halted/stop", {})[0])
+            asked.append(server.send("/srpo/runs/halted-in-page/stop", {})[0])
 
-    result = server.run(graph("halted", steps=400), stop)
+    result = server.run(graph("halted-in-page", steps=400), stop)
     assert asked == [200]
     assert result.of("execution_interrupted"), result.error
     assert read_state(folder).status == "stopped"
