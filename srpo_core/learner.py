@@ -52,6 +52,7 @@ from srpo_core.sharding import (
 )
 from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData
+from srpo_core.transfer import sent
 
 
 @dataclass
@@ -256,7 +257,7 @@ class Learner:
 
     def _encoded(self, start: Start) -> Rollout:
         self._check()
-        images = start.images.to(self.world.device, non_blocking=True)
+        images = sent(start.images, self.world.device)
         with blamed_on("the autoencoder (model.autoencoder)"):
             return rollout_from_images(self.autoencoder, images, start.prompts, start.noise)
 
