@@ -112,11 +112,6 @@ def check_files(config: RunConfig) -> Inputs:
             f"model.frozen_memory={config.model.frozen_memory!r} freezes the matrices, and lora.rank=0 trains them; set"
             " lora.rank=16, say, or model.frozen_memory=full"
         )
-    if config.optim.states == "8bit" and config.parallel.strategy != "replicate":
-        complaints.append(
-            f"optim.states='8bit' with parallel.strategy={config.parallel.strategy!r}: sharded weights have moments"
-            " in float32; set optim.states=float32"
-        )
     if config.model.trained_memory == "bfloat16" and config.model.dtype != "bfloat16":
         complaints.append(
             f"model.trained_memory='bfloat16' with model.dtype={config.model.dtype!r}: weights held in bfloat16 are"
@@ -196,11 +191,14 @@ def _fewer_bits(config: RunConfig, footprint: Footprint, total: int) -> str:
     """What to do about weights, gradients and optimizer that take more than there is."""
     if config.lora.rank:
         return "a larger device is needed"
-    narrow = config.model_copy(deep=True)
-    narrow.model.trained_memory, narrow.optim.states = "bfloat16", "8bit"
+    narrow, settings = config.model_copy(deep=True), "optim.states=8bit"
+    narrow.optim.states = "8bit"
+    if config.model.dtype == "bfloat16":
+        narrow.model.trained_memory, settings = "bfloat16", f"model.trained_memory=bfloat16 {settings}"
     least = footprint.least_bytes(narrow)
-    fewer = f"hold them in fewer bits (model.trained_memory=bfloat16 optim.states=8bit: {least / 2**30:.1f} GiB)"
-    return f"{fewer}, or train a LoRA (lora.rank=16)" if least < total else "train a LoRA (lora.rank=16)"
+    if config.parallel.strategy != "replicate" or least >= total:
+        return "train a LoRA (lora.rank=16)"
+    return f"hold them in fewer bits ({settings}: {least / 2**30:.1f} GiB), or train a LoRA (lora.rank=16)"
 
 
 def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from srpo_core.checks import WHOLE
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import make_config
 from srpo_core.estimate import Shapes, estimate, shapes_of
@@ -20,7 +21,13 @@ Change = Mapping[str, object]
 
 
 def smaller_settings(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
-    """Changes that take less memory, each by itself, the one that costs least first."""
+    """Changes that take less memory, each by itself, the one that costs least first; of a model in parts those alone
+    that it can have."""
+    in_parts = config.parallel.strategy != "replicate"
+    yield from (change for change in _changes(config, shapes) if not in_parts or not WHOLE.keys() & change.keys())
+
+
+def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
     model, data, lora = config.model, config.data, config.lora
     if model.t5_memory != "8bit":
         yield {"model.t5_memory": "8bit"}
@@ -52,8 +59,6 @@ def _narrower(config: RunConfig) -> Iterator[Change]:
     """Changes that hold the same things in fewer bits: the reward, moments, trained weights."""
     if _has_wide_reward(config):
         yield {"reward.dtype": "bfloat16"}
-    if config.parallel.strategy != "replicate":  # shards hold moments in float32
-        return
     states = {"optim.states": "8bit"} if config.optim.states == "float32" else {}
     weights = {}
     if config.model.trained_memory == "float32" and config.model.dtype == "bfloat16":

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from srpo_core.transfer import sent
+
 Level = float | Tensor
 
 
@@ -31,7 +33,7 @@ def per_sample(value: Level, latents: Tensor) -> Tensor:
     """A number or [B] as [B] beside `latents` [B, ...]: same device, at least float32."""
     dtype = torch.promote_types(latents.dtype, torch.float32)
     if isinstance(value, Tensor):
-        level = value.to(latents.device, dtype, non_blocking=True)
+        level = sent(value, latents.device, dtype)
     else:
         level = torch.full((), value, device=latents.device, dtype=dtype)  # filled there: no copy to wait for
     if level.ndim > 1 or (level.ndim == 1 and len(level) != len(latents)):

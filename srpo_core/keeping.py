@@ -110,6 +110,14 @@ class Keeping:
         self._before_decoder = self._decoding = 0
         self._beyond: int | None = None
         """What a pass takes beyond what was in use as its decoder began, with everything recomputed."""
+        self._compiled: bool | None = None
+
+    def begin(self, compiled: bool) -> None:
+        """A step begins, with blocks that are compiled or not: of the others nothing that was learned is true."""
+        if compiled != self._compiled:
+            self._compiled, self._beyond, self._decoding = compiled, None, 0
+            self._least.clear()
+            self._most.clear()
 
     def block(self, block: nn.Module, *args: Any) -> Any:
         """Run a block of the model."""

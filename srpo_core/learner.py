@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
 from srpo_core.attention import Attention
@@ -20,7 +21,7 @@ from srpo_core.errors import blamed_on
 from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
-from srpo_core.keeping import CudaMemory, keep_what_fits
+from srpo_core.keeping import CudaMemory, Keeping, keep_what_fits
 from srpo_core.metrics import Clock, StepMetrics, over_processes
 from srpo_core.optim import (
     Average,
@@ -51,6 +52,7 @@ from srpo_core.sharding import (
 )
 from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData
+from srpo_core.transfer import sent
 
 
 @dataclass
@@ -95,9 +97,10 @@ class Learner:
         self.words, self.data = parts.words, parts.data
         self.attention, self._copy, self._compiler = parts.attention, parts.rollout_copy, parts.compiler
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
+        self._keeping: Keeping | None = None
         if config.model.recompute == "auto" and world.device.type == "cuda":
-            memory = CudaMemory(world.device)
-            keep_what_fits(self.flow.module, self.flow.block_types, getattr(self.autoencoder, "module", None), memory)
+            decoder, memory = getattr(self.autoencoder, "module", None), CudaMemory(world.device)
+            self._keeping = keep_what_fits(self.flow.module, self.flow.block_types, decoder, memory)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.parts = parts_of(self.trained)
         """What this process holds of `trained`, as the optimizer and the average know it."""
@@ -109,14 +112,27 @@ class Learner:
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
+        compiled = self._is_compiled()
         try:
             return self._step(number, clock)
         except RuntimeError as error:
-            if self._compiler is None or self.world.size > 1 or not self._compiler.gives_up(error):
+            if not compiled or self.world.size > 1 or not self._compilers(error):
                 raise
         return self._step(number, clock)
 
+    def _is_compiled(self) -> bool:
+        return self._compiler is not None and not self._compiler.stopped
+
+    def _compilers(self, error: RuntimeError) -> bool:
+        """Whether an error is the compiler's, which has given up by now.
+
+        If it does in a forward pass, blocks that ran compiled are recomputed without, which saves other tensors.
+        """
+        return self._compiler.gives_up(error) or (self._compiler.stopped and isinstance(error, CheckpointError))
+
     def _step(self, number: int, clock: Clock) -> StepMetrics:
+        if self._keeping is not None:
+            self._keeping.begin(self._is_compiled())
         words = self.words.pair(number)
         tally, finite = Tally(self.rewards), FiniteChecks(early=not self.world.keeps_step)
         try:
@@ -241,7 +257,7 @@ class Learner:
 
     def _encoded(self, start: Start) -> Rollout:
         self._check()
-        images = start.images.to(self.world.device, non_blocking=True)
+        images = sent(start.images, self.world.device)
         with blamed_on("the autoencoder (model.autoencoder)"):
             return rollout_from_images(self.autoencoder, images, start.prompts, start.noise)
 

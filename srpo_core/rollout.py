@@ -11,6 +11,7 @@ from torch import Tensor
 
 from srpo_core.flow import euler_step, per_sample
 from srpo_core.interfaces import Autoencoder, FlowModel, PromptBatch
+from srpo_core.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Start:
         def ready(tensor: Tensor) -> Tensor:
             return tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
 
-        embeds = {name: ready(one).to(device, non_blocking=True) for name, one in self.prompts.embeds.items()}
+        embeds = {name: sent(ready(one), device) for name, one in self.prompts.embeds.items()}
         images = ready(self.images) if self.images is not None else None
-        return Start(PromptBatch(self.prompts.prompts, embeds), ready(self.noise).to(device, non_blocking=True), images)
+        return Start(PromptBatch(self.prompts.prompts, embeds), sent(ready(self.noise), device), images)
 
 
 def called_steps(num_steps: int, calls: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from shutil import which
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +218,45 @@ def forward_only(graph, inputs):
         raise InductorError(RuntimeError("Scalar out of range"), None)
 
     return aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=refuses)(graph, inputs)
+
+
+def test_a_forward_pass_that_cannot_be_compiled_after_others_were_is_tried_again_without(tmp_path, monkeypatch, capsys):
+    """The blocks before it ran compiled, and would be recomputed without."""
+    monkeypatch.setattr(compiling, "Compiler", lambda *given: with_backend(*given, backend=one_kind_alone()))
+    ours = assemble(tiny_config(tmp_path / "ours", model__compile=True)).learner
+    exact = assemble(tiny_config(tmp_path / "exact")).learner
+    for learner in (ours, exact):
+        learner.flow.module.enable_gradient_checkpointing()
+    for number in (1, 2):
+        told, wanted = (learner.step(number, Clock(lambda: None)) for learner in (ours, exact))
+        assert told.loss == wanted.loss and told.grad_norm == wanted.grad_norm
+    assert capsys.readouterr().out.count("the run goes on without") == 1
+
+
+def one_kind_alone():
+    """A compiler that gives up at the second kind of block that it meets with gradient."""
+    seen = []
+
+    def forward(graph, inputs):
+        seen.append(graph)
+        if len(seen) > 1:
+            raise InductorError(RuntimeError("Scalar out of range"), None)
+        return graph
+
+    def compiles(graph, inputs):
+        plain = {"inference_compiler": lambda graph, _: graph, "bw_compiler": lambda graph, _: graph}
+        return aot_autograd(fw_compiler=forward, **plain)(graph, inputs)
+
+    return compiles
+
+
+def test_what_is_kept_is_learned_anew_once_nothing_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "Compiler", lambda *given: with_backend(*given, backend=forward_only))
+    learner = assemble(tiny_config(tmp_path, model__compile=True)).learner
+    begun = []
+    learner._keeping = SimpleNamespace(begin=begun.append)
+    learner.step(1, Clock(lambda: None))
+    assert begun == [True, False]
 
 
 def with_backend(*given, backend="aot_eager"):

@@ -11,7 +11,7 @@ import torch
 from tiny import load, tiny_config
 from torch import nn
 
-from srpo_core.checks import footprint_of
+from srpo_core.checks import WHOLE, footprint_of
 from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.description import load_run
 from srpo_core.duration import Pace, Work, count_work, expected_pace, matmul_rate, own_pace, run_seconds
@@ -178,6 +178,13 @@ def test_what_is_said_to_fit_fits(shapes):
     assert what_would_fit(config, shapes, round(24e9))[0].startswith("model.frozen_memory=8bit")
     (nothing,) = what_would_fit(config, shapes, round(8e9))
     assert nothing.startswith("even ") and "model.frozen_memory=4bit" in nothing and nothing.endswith(LARGER)
+
+
+def test_a_model_in_parts_is_not_told_to_be_held_in_fewer_bits(shapes):
+    for name in ("flux-dev-lora", "flux-dev-exact"):
+        config = preset(name, "parallel.strategy=shard", "parallel.processes=4", "reward.dtype=float32")
+        told = [setting for change in smaller_settings(config, shapes) for setting in change]
+        assert "reward.dtype" in told and not WHOLE.keys() & set(told)
 
 
 def test_the_change_that_costs_least_is_told_first(shapes):

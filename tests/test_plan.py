@@ -108,6 +108,19 @@ def test_a_device_that_cannot_hold_the_weights_is_refused_before_they_are_read(f
     assert "weights, gradients and optimizer alone take 177.3 GiB, cpu has 74.5 GiB; hold them in fewer bits" in told
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model.dtype=float32", "hold them in fewer bits (optim.states=8bit: 111.2 GiB), or train a LoRA"),
+        ("parallel.strategy=shard", "GiB; train a LoRA (lora.rank=16)"),
+    ],
+)
+def test_what_is_advised_goes_with_the_other_settings(files, tmp_path, monkeypatch, capsys, setting, told):
+    monkeypatch.setattr(checks, "device_memory", lambda device: 120 * 2**30)
+    assert main(["train", "flux-dev-exact", *files, f"output.dir={tmp_path / 'run'}", setting, "--check"]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_memory_is_counted_by_hand():
     full, lora = Footprint(1000, 0, 0), Footprint(10, 1000, 3)
     assert full.least_bytes(RunConfig()) == 16_000 and full.checkpoint_bytes(RunConfig()) == 12_000

@@ -50,6 +50,18 @@ class Block(nn.Module):
         return torch.sin(hidden * self.weight)
 
 
+class BreaksOff(nn.Module):
+    """Can't be gone back through."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = hidden * 1
+        out.register_hook(self.refuse)
+        return out
+
+    def refuse(self, gradient: torch.Tensor) -> None:
+        raise RuntimeError("no code for it")
+
+
 def passes(keeping: Keeping, memory: Scripted, blocks: list[Block], pieces: list[Block], size: int, calls: list[str]):
     """A forward and a backward pass; which blocks' forward ran again, and the gradient."""
     calls.clear()
@@ -90,6 +102,20 @@ def test_more_room_keeps_more(free, kept):
     passes(keeping, *rest[:3], 8, rest[3])
     passes(keeping, *rest[:3], 8, rest[3])
     assert 6 - keeping.first_kept == kept and keeping.decoder_kept == (free > 100)
+
+
+def test_a_backward_pass_that_broke_off_has_taught_nothing():
+    """A step that is tried again without a compiler recomputes everything once more, as nothing it learned is true."""
+    keeping, memory, blocks, pieces, calls = world(400 * MIB)
+    keeping.begin(compiled=True)
+    with pytest.raises(RuntimeError, match="no code"):
+        passes(keeping, memory, [*blocks[:-1], BreaksOff(), blocks[-1]], pieces, 8, calls)
+    keeping.begin(compiled=False)
+    recomputed, _ = passes(keeping, memory, blocks, pieces, 8, calls)
+    assert set(recomputed) == {f"b{i}" for i in range(6)} | {"d0", "d1"}
+    keeping.begin(compiled=False)
+    passes(keeping, memory, blocks, pieces, 8, calls)
+    assert 6 - keeping.first_kept == 2
 
 
 def test_larger_pictures_keep_less():

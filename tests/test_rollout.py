@@ -1,15 +1,18 @@
 """Rollouts on a flow with the exact velocity: straight lines end at the clean latents in any number of steps."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from toy import ExactFlow, LinearAutoencoder, toy_batch
 
+from srpo_core import transfer
 from srpo_core.config import RolloutConfig
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import PromptBatch
 from srpo_core.rollout import Rollout, called_steps, each_of, rollout, rollout_from_images
+from srpo_core.transfer import sent
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 25])
@@ -136,3 +139,19 @@ def test_batches_of_the_same_shapes_are_sampled_as_one():
         alone = rollout(flow, prompts, noise, sigmas, 1.0)
         assert result.prompts is prompts and torch.equal(result.noise, noise)
         torch.testing.assert_close(result.clean, alone.clean)
+
+
+def test_only_a_gpu_of_nvidia_is_sent_things_that_nobody_waits_for(monkeypatch):
+    """A Mac's copies would read memory of the host that may hold something else by then."""
+    asked = {}
+
+    def to(tensor, device, dtype, non_blocking):
+        asked[torch.device(device).type] = non_blocking
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for name in ("mps", "cpu", "cuda"):
+        sent(torch.zeros(2), torch.device(name))
+    assert asked == {"mps": False, "cpu": False, "cuda": True}
+    package = Path(transfer.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "non_blocking" in path.read_text()] == ["transfer.py"]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from srpo_core.config import MoreReward, RewardConfig
+from srpo_core.transfer import sent
 
 from .images import Fit, normalise, square
 from .recompute import recompute
@@ -67,7 +68,7 @@ class TransformersClip:
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         device = self.module.device
-        tokens = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tokenize(texts).items()}
+        tokens = {name: sent(tensor, device) for name, tensor in self.tokenize(texts).items()}
         return _tensor(self.module.get_text_features(**tokens))
 
 
@@ -101,7 +102,7 @@ class OpenClip:
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenize(list(texts)).to(self.module.logit_scale.device, non_blocking=True)
+        tokens = sent(self.tokenize(list(texts)), self.module.logit_scale.device)
         return self.module.encode_text(tokens)
 
 
