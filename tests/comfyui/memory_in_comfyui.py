@@ -91,7 +91,8 @@ def main():  # one scene after the other
         for name in (f"{i}.safetensors", f"{i}.txt"):
             (one / name).touch()
     folder_paths.add_model_folder_path("srpo_rewards", str(folders[0]))  # as extra_model_paths.yaml does, at start
-    for name in ("nodes", "comfy_api.latest"):  # what ComfyUI has loaded before it comes to custom nodes
+    # what ComfyUI has loaded before it comes to custom nodes; later, `utils` would be another module
+    for name in ("utils.extra_config", "nodes", "comfy_api.latest"):
         importlib.import_module(name)
     before, begin = set(sys.modules), time.process_time()
     report["nodes"] = len(load_pack())
