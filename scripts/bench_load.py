@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from srpo_core.estimate import DECODE_RECOMPUTED
 from srpo_core.export.writer import SUFFIX, plan, write_file
 from srpo_core.interfaces import PromptBatch
 from srpo_core.models.flux import FluxFlow
@@ -33,6 +35,17 @@ Stream = Iterator[tuple[str, Tensor]]
 FORMATS = ("diffusers-fp32", "diffusers-bf16", "original-bf16", "original-fp8", "original-scaled-fp8")
 BANK = 1 << 22
 """Random numbers that all weights are made of."""
+
+
+def machine(command: str) -> dict[str, object]:
+    """What a benchmark's results say of where they come from."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "decoder_bytes_a_pixel": DECODE_RECOMPUTED,
+        "command": command,
+    }
 
 
 def weights(blocks: tuple[int, int], meta: bool) -> Stream:

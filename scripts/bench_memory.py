@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from bench_load import machine
 from torch import Tensor, nn
 
 from srpo_core.assemble import assemble
@@ -31,7 +31,7 @@ from srpo_core.config import ModelConfig, RunConfig
 from srpo_core.description import load_run
 from srpo_core.devices import choose_device
 from srpo_core.duration import matmul_rate
-from srpo_core.estimate import DECODE_RECOMPUTED, estimate, shapes_of
+from srpo_core.estimate import estimate, shapes_of
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
@@ -318,14 +318,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     if not args.tiny:
         make_reward(args.folder)
-    cuda = torch.cuda.is_available()
-    machine = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "decoder_bytes_a_pixel": DECODE_RECOMPUTED,
-        "command": "PYTHONPATH=. python scripts/bench_memory.py --folder FOLDER --out memory.json",
-    }
+    about = machine("PYTHONPATH=. python scripts/bench_memory.py --folder FOLDER --out memory.json")
     there = args.out is not None and args.out.is_file()
     rows: dict[str, object] = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if there else {}
     for name, row in rows_of(args, began):
@@ -333,7 +326,7 @@ def main() -> None:
         short = {key: row.get(key) for key in ("predicted_peak_gib", "measured_peak_gib", "measured_gib", "seconds")}
         print(f"{name}: {json.dumps(short)} {row.get('error', '')}", flush=True)
         if args.out is not None:
-            args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            args.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

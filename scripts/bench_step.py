@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from bench_load import machine
 from bench_memory import RandomFlux, gib, numbers
 
 from srpo_core.assemble import trained_flow
@@ -286,13 +286,7 @@ def main() -> None:
     if args.one is not None:
         child(args)
         return
-    cuda = torch.cuda.is_available()
-    machine = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "command": "PYTHONPATH=. python scripts/bench_step.py --out bench_step.json",
-    }
+    about = machine("PYTHONPATH=. python scripts/bench_step.py --out bench_step.json")
     rows: dict[str, object] = {}
     for name, row in rows_of(args):
         rows[name] = row
@@ -300,7 +294,7 @@ def main() -> None:
                 "share_of_ceiling", "rollout_error", "error")  # fmt: skip
         print(f"{name}: {json.dumps({key: row[key] for key in keys if key in row})}", flush=True)
         if args.out is not None:
-            args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            args.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -20,10 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench_load import BANK, in_format, weights
+from bench_load import BANK, in_format, machine, weights
 from torch import Tensor, nn
 
-from srpo_core.estimate import DECODE_RECOMPUTED
 from srpo_core.export.writer import plan, write_file
 from srpo_core.weights.loading import empty_parameters
 
@@ -151,15 +149,8 @@ class Runs:
         """Write what is known so far."""
         if self.out is None:
             return
-        cuda = torch.cuda.is_available()
-        machine = {
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "decoder_bytes_a_pixel": DECODE_RECOMPUTED,
-            "command": f"python {' '.join(sys.argv)}",
-        }
-        self.out.write_text(json.dumps({"machine": machine, "runs": self.results}, indent=1) + "\n", encoding="utf-8")
+        about = machine(f"python {' '.join(sys.argv)}")
+        self.out.write_text(json.dumps({"machine": about, "runs": self.results}, indent=1) + "\n", encoding="utf-8")
 
 
 def steps_of(run_dir: Path) -> dict[str, object]:

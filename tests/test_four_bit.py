@@ -6,7 +6,7 @@ import pytest
 import test_lora_files_in_runs as runs
 import torch
 from safetensors.torch import load_file, save_file
-from test_lora_files_in_runs import config, lora_file, relative_error, velocity
+from test_lora_files_in_runs import config, relative_error, velocity
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -101,19 +101,6 @@ def test_a_lora_learns_beside_few_bits_what_it_learns_beside_the_numbers_they_st
     again = load_model(trainer.config.model, "cpu").flow.module
     load_weights(latest(tmp_path / "held"), again)
     assert torch.equal(velocity(again), velocity(trainer.flow.module))
-
-
-def test_a_lora_file_merges_into_4_bits(folder, tmp_path):
-    path = lora_file(tmp_path / "some.safetensors", folder, scale=1.0)
-    moved = {}
-    for memory in ("full", "4bit"):
-        chosen = ModelConfig(
-            family="flux", path=str(folder), dtype="float32", recompute=False, lora=str(path), frozen_memory=memory
-        )
-        moved[memory] = load_model(chosen, "cpu").flow.module
-    base = load_flow(ModelConfig(path=str(folder), dtype="float32", recompute=False), "cpu").module
-    effect = relative_error(velocity(moved["full"]), velocity(base))
-    assert relative_error(velocity(moved["4bit"]), velocity(moved["full"])) < effect / 2
 
 
 def test_the_fp8_matrices_of_a_file_stay_bit_for_bit(folder, tmp_path):

@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from test_resume import COURSE, interrupt_at
-from tiny import tiny_config, weights_hash
+from test_resume import COURSE, whole_and_resumed
+from tiny import tiny_config
 from torch import nn
 
 from srpo_core.assemble import assemble
@@ -142,15 +142,7 @@ def test_states_are_converted_into_each_other():
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
-    settings = COURSE | {"optim__states": "8bit"}
-    whole = assemble(tiny_config(tmp_path / "whole", **settings))
-    whole.train()
-    broken = assemble(tiny_config(tmp_path / "broken", **settings))
-    interrupt_at(broken, 5)
-    broken.train()
-    resumed = assemble(tiny_config(tmp_path / "broken", **settings))
-    resumed.train(resume=True)
-    assert weights_hash(resumed.flow.module) == weights_hash(whole.flow.module)
+    whole_and_resumed(tmp_path, **COURSE, optim__states="8bit")
     saved = read_tensors(latest(tmp_path / "whole"), "optimizer")
     assert {t.dtype for name, t in saved.items() if name.endswith("_codes")} == {torch.int8, torch.uint8}
     assert all(torch.equal(t, read_tensors(latest(tmp_path / "broken"), "optimizer")[n]) for n, t in saved.items())

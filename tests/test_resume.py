@@ -44,6 +44,19 @@ def interrupt_at(trainer, step: int, number: int = signal.SIGINT) -> None:
     trainer.learner.step = interrupted
 
 
+def whole_and_resumed(tmp_path, **settings):
+    """The trainers of a run left alone ("whole") and of one interrupted and resumed ("broken"), which end alike."""
+    whole = assemble(tiny_config(tmp_path / "whole", **settings))
+    whole.train()
+    broken = assemble(tiny_config(tmp_path / "broken", **settings))
+    interrupt_at(broken, 5)
+    broken.train()
+    resumed = assemble(tiny_config(tmp_path / "broken", **settings))
+    resumed.train(resume=True)
+    assert weights_hash(resumed.flow.module) == weights_hash(whole.flow.module)
+    return whole, resumed
+
+
 def fail_at(trainer, step: int) -> None:
     """Have the process die in the middle of a step."""
     learn = trainer.learner.step
