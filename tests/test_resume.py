@@ -18,7 +18,7 @@ from srpo_core.checkpoint import checkpoint_folder, latest, list_checkpoints, lo
 from srpo_core.config import ConfigError
 from srpo_core.evaluate import read_evaluation
 from srpo_core.metrics import read_metrics
-from srpo_core.run_folder import held
+from srpo_core.run_folder import changed_settings, held
 from srpo_core.session import Outcome
 
 KINDS = {
@@ -270,3 +270,16 @@ def test_kill_minus_nine_and_sigterm_lose_nothing(tmp_path):
     assert weights_hash(resumed.flow.module) == weights_hash(whole.flow.module)
     assert course(run_dir) == course(tmp_path / "whole")
     assert not list(run_dir.rglob(".tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "free"),
+    [
+        ("model__compile", True, True), ("model__attention", "math", True), ("model__recompute", "auto", True),
+        ("rollout__at_once", 2, True), ("rollout__calls", 2, False), ("rollout__precision", "fp8", False),
+        ("reward__margin", 0.5, False),
+    ],
+)  # fmt: skip
+def test_what_only_makes_a_run_faster_may_change(tmp_path, name, value, free):
+    changed = list(changed_settings(tiny_config(tmp_path), tiny_config(tmp_path, **{name: value})))
+    assert [setting for setting, *_ in changed] == ([] if free else [name.replace("__", ".")])
