@@ -42,7 +42,8 @@ from srpo_core.rollout import rollout
 from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.speed import speed_up
 from srpo_core.training_data import TrainingData
-from srpo_core.weights.fp8_linear import scaled_product, to_fp8_rows
+from srpo_core.weights.eight_bit import to_fp8_rows
+from srpo_core.weights.fp8_linear import scaled_product
 from srpo_core.weights.loading import fill
 
 KEPT = "model.recompute=false"

@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 MARGIN = 0.04
 """Share of a device that is left alone: the allocator holds more than what is in use."""
-
-
 BESIDE = 2**29
 """Bytes for the rewards' own activations."""
 

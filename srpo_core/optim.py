@@ -138,11 +138,12 @@ class Average:
 
         Weights are swapped, not copied, unless they are shared, or the average is on the host: they wait there then.
         """
-        self._swap() if not self.on_host else self._bring()
+        bring, take_back = (self._bring, self._take_back) if self.on_host else (self._swap, self._swap)
+        bring()
         try:
             yield
         finally:
-            self._swap() if not self.on_host else self._take_back()
+            take_back()
 
     @torch.no_grad()
     def _bring(self) -> None:

@@ -14,7 +14,8 @@ from srpo_core.compiling import Compiler
 from srpo_core.config import ConfigError
 from srpo_core.interfaces import TrainableFlow
 from srpo_core.lora import ADAPTER, layer_pattern
-from srpo_core.weights.fp8_linear import Fp8Linear, takes_fp8, to_fp8_rows
+from srpo_core.weights.eight_bit import to_fp8_rows
+from srpo_core.weights.fp8_linear import Fp8Linear, takes_fp8
 
 
 class RolloutCopy:

@@ -12,8 +12,6 @@ from srpo_core.config import RunConfig
 from srpo_core.learner import Parts
 from srpo_core.rollout_copy import RolloutCopy
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Callable[[str], None]) -> list[str]:
     """Attention kernels, compiled blocks and the copy for rollouts, as the run's settings ask for them.
@@ -39,5 +37,5 @@ def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Call
             parts.compiler = compiler
             notes.append(WARNING)
     if config.rollout.precision == "fp8":
-        parts.rollout_copy = RolloutCopy(flow, DTYPES[config.model.dtype], compiler)
+        parts.rollout_copy = RolloutCopy(flow, getattr(torch, config.model.dtype), compiler)
     return notes

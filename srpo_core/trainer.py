@@ -27,7 +27,7 @@ from srpo_core.stopping import StopRequested
 
 PROBE_PROMPTS = 2
 EVALUATION_SETTINGS: dict[str, Any] = {
-    "model": set(ModelConfig.model_fields) - {"recompute", "trained_memory"},
+    "model": set(ModelConfig.model_fields) - {"recompute", "trained_memory", "compile", "attention"},
     "data": {"height", "width"},
     "rollout": {"shift"},
     "reward": True,

@@ -17,7 +17,8 @@ from srpo_core.models.flux import BLOCKS
 from srpo_core.rollout import rollout
 from srpo_core.rollout_copy import RolloutCopy, shared_copy
 from srpo_core.weights.compressed import fill_compressed
-from srpo_core.weights.fp8_linear import Fp8Linear, check_fp8, scaled_product, takes_fp8, to_fp8_rows
+from srpo_core.weights.eight_bit import to_fp8_rows
+from srpo_core.weights.fp8_linear import Fp8Linear, check_fp8, scaled_product, takes_fp8
 
 PROMPTS = encode_text(["a red cat", "a blue dog"])
 LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -11,26 +11,13 @@ from torch import Tensor, nn
 
 from srpo_core.config import ConfigError
 
-CODES = torch.float8_e4m3fn
-LARGEST = 448.0
-"""The largest number in e4m3."""
-SMALLEST = 1e-12
-"""Rows that are smaller than this throughout become zero."""
+from .eight_bit import to_fp8_rows
+
 MULTIPLE = 16
 """Both sides of a weight must be multiples of this."""
 CAPABILITY = (8, 9)
 """The first NVIDIA GPUs that multiply fp8 numbers: Ada, then Hopper."""
 TOLERANCE = 0.01
-
-
-def to_fp8_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[rows, columns] -> codes in e4m3 [rows, columns], and each row's scale [rows, 1], float32.
-
-    A number is off by 1/16 of itself at most (by 2^-10 * scale where it is tiny), about 2.6 % in the mean square.
-    """
-    wide = values.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST
-    return (wide / scale).clamp(-LARGEST, LARGEST).to(CODES), scale
 
 
 def scaled_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
