@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -158,18 +159,23 @@ class RandomFlux(Components):
         return {"prompt_embeds": (512, 4096), "pooled_prompt_embeds": (768,)}
 
     def text_encoder(self, prompts: Sequence[str]) -> PromptBatch:
-        embeds = {name: torch.randn(len(prompts), *shape) for name, shape in self.embeds_outline().items()}
+        made = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]  # the same each time
+        embeds = {
+            name: torch.stack([torch.randn(shape, generator=generator) for generator in made])
+            for name, shape in self.embeds_outline().items()
+        }
         return PromptBatch(tuple(prompts), embeds)
 
 
 def numbers(module: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """A module's state: matrices of gain one half, norms of weight 1, no biases."""
+    """A module's state, the same each time: matrices of gain one half, norms of weight 1, no biases."""
     for name, tensor in module.state_dict().items():
         if tensor.ndim < 2:
             value = 1.0 if name.endswith("weight") else 0.0
             yield name, torch.full(tensor.shape, value, device=device)
             continue
-        made = torch.randn(tensor.shape, device=device, dtype=torch.bfloat16)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        made = torch.randn(tensor.shape, generator=generator, device=device, dtype=torch.bfloat16)
         yield name, made.mul_(0.5 / tensor[0].numel() ** 0.5)
 
 

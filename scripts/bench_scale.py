@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from bench_memory import gib
 from bench_step import build, describe
 
@@ -53,7 +54,6 @@ def settings_of(row: str, world: World) -> str:
 def measure(settings: str, tiny: bool, world: World) -> dict[str, object]:
     """Seconds by phase, of the slowest process, and each one's memory."""
     config = describe(settings, tiny)
-    torch.manual_seed(0)  # each process draws all numbers and keeps its part of them
     cuda = world.device.type == "cuda"
     start = time.perf_counter()
     _, _, learner = build(config, tiny, world)
@@ -80,6 +80,20 @@ def measure(settings: str, tiny: bool, world: World) -> dict[str, object]:
     return row
 
 
+def gathering_rate(world: World, tiny: bool) -> float:
+    """Bytes a second that a process gets from the others as they gather a tensor of 1 GiB (NCCL's bus bandwidth)."""
+    count = 2**16 if tiny else 2**29
+    part = torch.randn(count // world.size, device=world.device).bfloat16()
+    whole = part.new_empty(part.numel() * world.size)
+    times = []
+    for _ in range(10):
+        clock = Clock(world.synchronize, world.device)
+        with clock.phase("gathering"):
+            dist.all_gather_into_tensor(whole, part)
+        times.append(clock.total())
+    return (whole.nbytes - part.nbytes) / statistics.median(times)
+
+
 def keep(out: Path, world: World, name: str, row: dict[str, object]) -> None:
     """Put a row beside those of other launches, with its efficiency where one GPU's is there."""
     record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
@@ -104,9 +118,11 @@ def main() -> None:
     wanted = {name: ROWS[name] for name in args.rows} | dict(row.split(": ", 1) for row in args.row)
     done: dict[str, dict[str, object]] = {}
     with world.joined():
+        rate = gathering_rate(world, args.tiny) if world.size > 1 else None
         for name, row in wanted.items():
             settings = settings_of(row, world)
             told = done[settings] = dict(done.get(settings) or measure(settings, args.tiny, world))
+            told |= {} if rate is None else {"gathering_gb_per_second": round(rate / 1e9, 2)}
             gc.collect()
             if world.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -5,6 +5,8 @@
 
 Needs no files: transformer, autoencoder, HPS v2's ViT-H-14 and prompts are random numbers made on the device. Each row
 is a real learner in a process of its own; times are medians of the steps after the first ones, by the device's clock.
+Every row begins with the same numbers, and ends with a rollout and a gradient beside those of the exact path, of the
+same weights, noise and levels: nothing compiled, PyTorch's attention, every call, the reward in float32.
 Rows are written to --out as they come, and none is begun that can't end within --seconds. `--tiny` shrinks the models,
 to try the script on a machine without a GPU.
 """
@@ -12,6 +14,8 @@ to try the script on a machine without a GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
 import statistics
 import subprocess
@@ -23,13 +27,18 @@ from pathlib import Path
 import torch
 from bench_load import machine
 from bench_memory import RandomFlux, gib, numbers
+from torch import Tensor
 
 from srpo_core.assemble import trained_flow
+from srpo_core.attention import Attention
 from srpo_core.config import RunConfig
 from srpo_core.description import load_run
+from srpo_core.deterministic import deterministic
 from srpo_core.devices import make_world
 from srpo_core.duration import count_work, matmul_rate
+from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
+from srpo_core.interfaces import TrainableFlow
 from srpo_core.learner import Learner, Parts
 from srpo_core.metrics import Clock
 from srpo_core.parallel import World
@@ -41,6 +50,7 @@ from srpo_core.rewards.mixture import WeightedReward
 from srpo_core.rollout import rollout
 from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.speed import speed_up
+from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData
 from srpo_core.weights.eight_bit import to_fp8_rows
 from srpo_core.weights.fp8_linear import scaled_product
@@ -60,6 +70,7 @@ ROWS = {
     "compiled, fp8 rollout, 12 calls": f"{FAST} rollout.calls=12",
     "12 calls, reward in bfloat16": f"{FAST} rollout.calls=12 reward.dtype=bfloat16",
     "12 calls, what fits is kept": f"{FAST} model.recompute=auto rollout.calls=12 reward.dtype=bfloat16",
+    "12 calls, deterministic": f"{FAST} rollout.calls=12 reward.dtype=bfloat16 parallel.deterministic=true",
     "LoRA, compiled, fp8 rollout": f"{FAST} {LORA}",
     "LoRA, compiled, fp8 rollout, batch 4": f"{FAST} {LORA} data.batch_size=4",
     "LoRA, compiled, recomputed, fp8 rollout, batch 8": f"{FAST} {LORA} model.recompute=true data.batch_size=8",
@@ -74,10 +85,10 @@ USUAL = 150.0
 FP8_SIDE = {"cuda": 8192, "cpu": 256}
 
 
-def describe(settings: str, tiny: bool) -> RunConfig:
+def describe(settings: str, tiny: bool, steps: int = WARM_UP + MEASURED) -> RunConfig:
     """The run of a row: the published recipe with its settings."""
     base = ["model.family=bench_memory:load", "data.prompts=builtin", "optim.accumulation=1", "reward.name=hpsv2"]
-    base += [f"optim.steps={WARM_UP + MEASURED + 2}", "output.dir=unused"]
+    base += [f"optim.steps={steps + 2}", "output.dir=unused"]
     return load_run("flux-dev-exact", [*base, *settings.split(), *(TINY.split() if tiny else [])])
 
 
@@ -86,12 +97,9 @@ def build(config: RunConfig, tiny: bool, world: World) -> tuple[RandomFlux, Part
     components = RandomFlux(config.model, world.device, *(((1, 1), 2) if tiny else ((19, 38), 24)))
     flow, _ = trained_flow(config, components, world)
     words = ControlWords(config.reward.liked, config.reward.disliked)
-    data = TrainingData(config.seed, (config.data.height, config.data.width), config.data.batch_size)
     length = config.optim.steps * config.optim.accumulation * config.data.batch_size * world.parts
-    texts = components.prompts["train"]
-    data = TrainingData(
-        data.seed, data.size, data.batch_size, prompt_sequence(components.text_encoder, texts, 0, length)
-    )
+    prompts = prompt_sequence(components.text_encoder, components.prompts["train"], 0, length)
+    data = TrainingData(config.seed, (config.data.height, config.data.width), config.data.batch_size, prompts)
     reward = WeightedReward(
         "hpsv2", random_reward(world.device, tiny, getattr(torch, config.reward.dtype)), margin=config.reward.margin
     )
@@ -110,8 +118,8 @@ def random_reward(device: torch.device, tiny: bool, dtype: torch.dtype) -> ClipR
     return ClipReward(OpenClip(fill(model, numbers(model, device), dtype, device, "random weights")))
 
 
-def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, object]:
-    """A row: seconds by phase, memory, rates, and how far its rollouts are from the exact ones."""
+def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) -> dict[str, object]:
+    """A row: seconds by phase, memory, rates, and how far its rollouts and gradients are from the exact ones."""
     start = time.perf_counter()
     components, parts, learner = build(config, tiny, make_world(config.parallel))
     device, row = learner.world.device, {}
@@ -120,8 +128,8 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, ob
         row["built_gib"] = gib(torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
     row["build_seconds"] = round(time.perf_counter() - start, 1)
-    start, steps = time.perf_counter(), []
-    for number in range(1, WARM_UP + MEASURED + 1):
+    start, steps, memory, count = time.perf_counter(), [], [], config.optim.steps - 2
+    for number in range(1, count + 1):
         if number == WARM_UP + 1:
             row["warm_up_seconds"] = round(time.perf_counter() - start, 1)
         clock = Clock(learner.world.synchronize, device)
@@ -129,6 +137,8 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, ob
         steps.append(clock.seconds | {"step": clock.total()})
         told = {name: round(value, 3) for name, value in steps[-1].items()}
         print(f"# step {number}: {told} loss {metrics.loss:.6f} gradient {metrics.grad_norm:.6f}", flush=True)
+        if device.type == "cuda":
+            memory.append([gib(torch.cuda.memory_allocated()), gib(torch.cuda.max_memory_allocated())])
     row["first_step_seconds"] = round(steps[0]["step"], 1)
     measured = steps[WARM_UP:]
     seconds = {name: statistics.median(step[name] for step in measured) for name in measured[0]}
@@ -139,13 +149,19 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None) -> dict[str, ob
     if device.type == "cuda":
         row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
+        row["held_and_peak_gib_after_steps"] = {number: memory[number - 1] for number in sorted({1, 2, 3, count})}
     row |= rates(config, components, seconds["step"], device)
     if parts.rollout_copy is not None:
         row["seconds_of_codes"] = round(codes_seconds(parts.rollout_copy, learner.world), 4)
     row["rollout_error"] = rollout_error(config, parts, learner)
     if profile is not None:
         print("ROW " + json.dumps(row), flush=True)  # if the profiler should fail
-        profile.write_text(profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), device))
+        profile.write_text(profiled(lambda: learner.step(count + 2, Clock(lambda: None)), device))
+    if compare:
+        try:
+            row |= gradient_error(config, tiny, parts, learner, count + 1)
+        except torch.OutOfMemoryError as error:
+            row["gradient_error"] = {"error": f"two gradients don't fit: {error}"[:300]}
     return row
 
 
@@ -190,23 +206,77 @@ def fp8_rate(device: torch.device) -> float:
         return matmul_rate(device, torch.bfloat16)
 
 
+@contextlib.contextmanager
+def uncompiled(flow: TrainableFlow) -> Iterator[None]:
+    """Inside the context the flow's blocks run as they are written."""
+    compiled = {module: vars(module).pop("forward") for module in flow.module.modules() if "forward" in vars(module)}
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module.forward = call
+
+
 def rollout_error(config: RunConfig, parts: Parts, learner: Learner) -> dict[str, float]:
     """How far the row's rollouts are from the exact ones (every call, model.dtype, nothing compiled), as latents."""
     ours = learner._rollout(1, 0)
-    compiled = {}
-    for module in parts.flow.module.modules():
-        if "forward" in vars(module):
-            compiled[module] = vars(module).pop("forward")
     sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
-    exact = rollout(parts.flow, ours.prompts, ours.noise, sigmas, config.rollout.guidance)
-    for module, call in compiled.items():
-        module.forward = call
+    with uncompiled(parts.flow):
+        exact = rollout(parts.flow, ours.prompts, ours.noise, sigmas, config.rollout.guidance)
     moved = (exact.clean - exact.noise).norm()
     difference = (ours.clean - exact.clean).norm()
     return {
         "relative_latents": float(f"{float(difference / exact.clean.norm()):.3g}"),
         "relative_to_the_way": float(f"{float(difference / moved):.3g}"),
     }
+
+
+def gradient_error(config: RunConfig, tiny: bool, parts: Parts, learner: Learner, number: int) -> dict[str, object]:
+    """A step's gradient beside the exact path's, and beside itself computed once more. The parts are spent after it."""
+    device = learner.world.device
+    ours, loss = gradients(learner, number)
+    row = {"gradient_repeated": beside(ours, gradients(learner, number)[0])}
+    reward = [WeightedReward("hpsv2", random_reward(device, tiny, torch.float32), margin=config.reward.margin)]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    parts.flow.module.enable_gradient_checkpointing()  # uncompiled activations and a second gradient don't fit
+    settings = config.model_dump()
+    settings["rollout"] |= {"calls": 0, "precision": "model", "at_once": 1}
+    settings["model"] |= {"compile": False, "attention": "native"}
+    parts.flow.attention = Attention()
+    plain = copy.copy(learner)  # a new one would have moments of its own
+    plain.config, plain.rewards, plain.attention = RunConfig(**settings), reward, Attention()
+    plain._copy = plain._compiler = plain._keeping = None
+    with uncompiled(parts.flow):
+        exact, exact_loss = gradients(plain, number)
+    row["gradient_error"] = beside(ours, exact) | {"loss": round(loss, 6), "exact_loss": round(exact_loss, 6)}
+    return row
+
+
+def gradients(learner: Learner, number: int) -> tuple[dict[str, Tensor], float]:
+    """A step's gradient by parameter, and its loss; nothing is trained."""
+    if learner._keeping is not None:
+        learner._keeping.begin(learner._is_compiled())
+    tally = Tally(learner.rewards)
+    with learner.world.in_step():
+        learner._add_all(number, learner.words.pair(number), tally, FiniteChecks(), Clock(lambda: None))
+    found = {name: parameter.grad for name, parameter in learner.trained.items()}
+    for parameter in learner.trained.values():
+        parameter.grad = None
+    return found, tally.summary()["loss"]
+
+
+def beside(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Two gradients over all parameters: the second's norm, the first's and their difference's share of it, cosine."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for name in ours:
+        one, other = ours[name].float(), exact[name].float()
+        products = (one * one).sum(), (other * other).sum(), (one - other).square().sum(), (one * other).sum()
+        sums += torch.stack(products).double().cpu()
+    one, other, difference, product = sums.tolist()
+    found = {"norm": other**0.5, "norm_share": (one / other) ** 0.5, "difference": (difference / other) ** 0.5}
+    found["cosine"] = product / (one * other) ** 0.5
+    return {name: float(f"{value:.5g}") for name, value in found.items()}
 
 
 def codes_seconds(twin: RolloutCopy, world: World) -> float:
@@ -231,12 +301,13 @@ def profiled(step: Callable[[], object], device: torch.device) -> str:
 
 def child(args: argparse.Namespace) -> None:
     """Measure one row and print it as JSON, last of all."""
-    config = describe(args.one, args.tiny)
+    config = describe(args.one, args.tiny, args.steps)
     if args.cap_gib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
     try:
-        row = measure(config, args.tiny, args.profile)
+        with deterministic(config.parallel.deterministic):
+            row = measure(config, args.tiny, args.profile, compare=not args.cap_gib)
     except Exception as error:
         row = {"error": f"{type(error).__name__}: {error}"[:1500]}
         if torch.cuda.is_available():
@@ -258,6 +329,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         command = [sys.executable, __file__, "--one", settings, *(["--tiny"] if args.tiny else [])]
         command += ["--profile", str(args.profile)] if args.profile else []
         command += ["--cap-gib", str(args.cap_gib)] if args.cap_gib else []
+        command += ["--steps", str(args.steps)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
             lines, errors = done.stdout.splitlines(), done.stderr
@@ -280,7 +352,13 @@ def main() -> None:
     parser.add_argument("--row", action="append", default=[], help='a row of your own, "name: key=value key=value"')
     parser.add_argument("--seconds", type=float, default=3600.0, help="no row is begun that can't end by then")
     parser.add_argument("--profile", type=Path, help="file for a table of what a step spends its time on")
-    parser.add_argument("--cap-gib", type=float, default=0.0, help="memory that a row may take, as a smaller card's")
+    parser.add_argument(
+        "--cap-gib",
+        type=float,
+        default=0.0,
+        help="memory that a row may take, as a smaller card's; gradients aren't compared",
+    )
+    parser.add_argument("--steps", type=int, default=WARM_UP + MEASURED, help=f"of a row; those after {WARM_UP} count")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -292,7 +370,7 @@ def main() -> None:
     for name, row in rows_of(args):
         rows[name] = row
         keys = ("seconds", "seconds_per_picture", "warm_up_seconds", "peak_gib", "reserved_gib", "tflop_per_second",
-                "share_of_ceiling", "rollout_error", "error")  # fmt: skip
+                "share_of_ceiling", "rollout_error", "gradient_error", "gradient_repeated", "error")  # fmt: skip
         print(f"{name}: {json.dumps({key: row[key] for key in keys if key in row})}", flush=True)
         if args.out is not None:
             args.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")

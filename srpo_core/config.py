@@ -358,6 +358,11 @@ class ParallelConfig(Section):
         " most free memory that no other run works on",
     )
     share_gpu: bool = Field(False, description="train on a GPU though another run works on it")
+    deterministic: bool = Field(
+        False,
+        description="only take kernels that give the same bits each time, so that on one kind of GPU and one version of"
+        " torch a run repeats exactly, as it does on the CPU anyway; slower, and attention isn't measured",
+    )
     nodes: int = Field(1, ge=1, le=4096, description="machines that train together, each with `processes` processes")
     node_rank: int = Field(0, ge=0, description="which of the machines this one is: 0, 1, ...")
     rendezvous: str = Field(

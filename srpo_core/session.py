@@ -11,6 +11,7 @@ from srpo_core import result
 from srpo_core.at_work import at_work, work_folder
 from srpo_core.checkpoint import checkpoint_step, latest
 from srpo_core.config import RunConfig
+from srpo_core.deterministic import deterministic
 from srpo_core.parallel import World
 from srpo_core.progress import Display
 from srpo_core.run_folder import write_record
@@ -59,7 +60,7 @@ class Session:
                 if self.world.is_main:
                     write_record(self.config, self.world.device)
                     self._recorded = True
-            with self.world.together():
+            with self.world.together(), deterministic(self.config.parallel.deterministic):
                 outcome = work()
                 if outcome.finished and self.world.is_main:
                     result.write(self.config, outcome.step, self.display)
