@@ -17,6 +17,7 @@ import gc
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ def settings_of(row: str, world: World) -> str:
 def measure(settings: str, tiny: bool, world: World) -> dict[str, object]:
     """Seconds by phase, of the slowest process, and each one's memory."""
     config = describe(settings, tiny)
+    world = replace(world, context=config.parallel.context)
     cuda = world.device.type == "cuda"
     start = time.perf_counter()
     _, _, learner = build(config, tiny, world)

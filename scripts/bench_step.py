@@ -235,6 +235,7 @@ def gradient_error(config: RunConfig, tiny: bool, parts: Parts, learner: Learner
     """A step's gradient beside the exact path's, and beside itself computed once more. The parts are spent after it."""
     device = learner.world.device
     ours, loss = gradients(learner, number)
+    ours = {name: gradient.cpu() for name, gradient in ours.items()}  # beside a second one there may be no room
     row = {"gradient_repeated": beside(ours, gradients(learner, number)[0])}
     reward = [WeightedReward("hpsv2", random_reward(device, tiny, torch.float32), margin=config.reward.margin)]
     if device.type == "cuda":
@@ -270,7 +271,8 @@ def beside(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float
     """Two gradients over all parameters: the second's norm, the first's and their difference's share of it, cosine."""
     sums = torch.zeros(4, dtype=torch.float64)
     for name in ours:
-        one, other = ours[name].float(), exact[name].float()
+        other = exact[name].float()
+        one = ours[name].to(other)
         products = (one * one).sum(), (other * other).sum(), (one - other).square().sum(), (one * other).sum()
         sums += torch.stack(products).double().cpu()
     one, other, difference, product = sums.tolist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from srpo_core.checks import device_memory, footprint_of
+from srpo_core.checks import check_sharing, device_memory, footprint_of
 from srpo_core.config import ConfigError, ModelConfig, RunConfig
 from srpo_core.devices import choose_device
 from srpo_core.duration import count_work, expected_phases, matmul_rate
@@ -81,7 +81,10 @@ class CardPlan:
 
 
 def plan_cards(config: RunConfig, cards: Cards) -> CardPlan:
-    """Plan a run that need not be ready to start: of its files only the models' headers are read, if they are named."""
+    """Plan a run that need not be ready to start: of its files only the models' headers are read, if they are named.
+
+    ConfigError for settings of several processes that don't go together.
+    """
     if cards.count is not None:
         config = with_changes(config, {"parallel.processes": cards.count, "parallel.nodes": 1})
     if cards.gib is not None and cards.gib <= 0:
@@ -89,6 +92,7 @@ def plan_cards(config: RunConfig, cards: Cards) -> CardPlan:
     device = choose_device(config.parallel.device)
     components = components_of(config.model)
     shapes = shapes_of(config, components)
+    check_sharing(config, shapes.flow, [(config.data.height, config.data.width)])
     needed = estimate(config, shapes)
     memory = round(cards.gib * 2**30) if cards.gib is not None else device_memory(device)
     usable = round(USABLE * memory) if memory is not None else None

@@ -174,6 +174,11 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     check_sharing(config, flow, sorted({size, *photo_sizes(config.data, inputs.photos)}))
     if inputs.start is not None:
         check_start(inputs.start, config.lora, flow)
+    if config.model.attention not in ("auto", "native") and not hasattr(flow, "attention"):
+        raise ConfigError(
+            f"model.attention={config.model.attention!r}: model.family={config.model.family!r} has kernels of its own"
+            " (choices: auto, native)"
+        )
     if config.rollout.precision == "fp8":
         check_fp8(device, "rollout.precision='fp8'")
     footprint = footprint_of(config, flow)

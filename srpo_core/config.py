@@ -287,7 +287,7 @@ class RewardConfig(Section):
     )
     more: list[MoreReward] = Field(
         [],
-        description="further rewards in the loss, each with name, path, margin, scale, offset, weight and fit:"
+        description="further rewards in the loss, each with name, path, margin, scale, offset, weight, fit and dtype:"
         " [{name: pickscore, path: ..., scale: 0.05}]",
     )
     contrast: tuple[str, str] = Field(

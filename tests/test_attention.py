@@ -6,12 +6,14 @@ import contextlib
 
 import pytest
 import torch
-from tiny import encode_text, tiny_flow
+from tiny import encode_text, tiny_config, tiny_flow
 from toy import ExactFlow, toy_batch
 
 from srpo_core import attention
 from srpo_core.attention import Attention, _query_of, choose_attention, fastest, kernel, trial
+from srpo_core.checks import Inputs, check_fit
 from srpo_core.config import ConfigError, ModelConfig
+from srpo_core.models import load_model
 
 PROMPTS = encode_text(["a red cat", "a blue dog"])
 LATENTS = torch.zeros(2, 4, 8, 8)
@@ -52,6 +54,14 @@ def test_a_package_that_is_not_there_is_named_with_what_is():
     wanted = r"model\.attention='flash-attn-3': the package flash_attn_interface isn't there; auto, native, flash"
     with pytest.raises(ConfigError, match=wanted):
         choose_attention("flash-attn-3", ExactFlow(), *toy_batch(1), 1.0)
+
+
+def test_a_family_with_kernels_of_its_own_has_no_choice(tmp_path):
+    for wanted in ("auto", "native", "flash"):
+        config = tiny_config(tmp_path, model={"family": "toy_run:load", "attention": wanted})
+        refused = pytest.raises(ConfigError, match=r"model\.attention='flash'.*toy_run.*\(choices: auto, native\)")
+        with refused if wanted == "flash" else contextlib.nullcontext():
+            check_fit(config, load_model(config.model, "cpu").outline(), Inputs([], None), torch.device("cpu"))
 
 
 def test_the_fastest_is_taken_with_and_without_gradient(monkeypatch):

@@ -281,6 +281,14 @@ def test_a_run_with_files_is_planned_by_their_headers(files, capsys, tmp_path):
     assert by_files == published and by_files[0] == 0
 
 
+def test_settings_that_do_not_go_together_are_refused_before_they_are_planned(capsys):
+    words = ("--gpus", "2", "--card-gb", "80", "parallel.device=cpu")
+    assert main(["plan", "flux-dev", "parallel.strategy=shard", *words]) == 2
+    assert "model.trained_memory='bfloat16' with parallel.strategy='shard'" in capsys.readouterr().err
+    assert main(["plan", "flux-dev-exact", "parallel.context=5", *words]) == 2
+    assert "parallel.context=5: the model's 24 attention heads" in capsys.readouterr().err
+
+
 def test_a_card_that_is_none_is_refused(capsys):
     assert main(["plan", "flux-dev", "--card-gb", "0"]) == 2
     assert "--card-gb 0" in capsys.readouterr().err
