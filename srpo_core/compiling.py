@@ -65,15 +65,19 @@ class Compiler:
             if isinstance(block, types):
                 block.forward = self.function(block.forward)
 
+    def failed(self, error: BaseException) -> bool:
+        """Whether an error says that something can't be compiled."""
+        return isinstance(error, self._failure)
+
     def gives_up(self, error: BaseException) -> bool:
         """Whether an error is the compiler's: then nothing is compiled any more, and what led to it can be tried again.
 
         Backward passes are compiled when the first one runs, so theirs come out of it.
         """
-        if self.stopped or not isinstance(error, self._failure):
+        if self.stopped or not self.failed(error):
             return False
         self.stopped = True
-        self._tell(f"model.compile=true can't be done here, the run goes on without: {_reason(error)}")
+        self._tell(f"model.compile=true can't be done here, the run goes on without: {reason_of(error)}")
         return True
 
     def _tell(self, reason: str) -> None:
@@ -90,7 +94,7 @@ def make_compiler(device: torch.device, report: Callable[[str], None], one_shape
         compiler = Compiler(report, one_shape)
         torch.compile(_nothing)  # refuses versions of Python that it doesn't know
     except (RuntimeError, ImportError, AttributeError) as error:
-        report(f"model.compile=true can't be done here, the run goes on without: {_reason(error)}")
+        report(f"model.compile=true can't be done here, the run goes on without: {reason_of(error)}")
         return None
     return compiler
 
@@ -99,7 +103,7 @@ def _nothing() -> None:
     return None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import CheckpointError
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
 from srpo_core.attention import Attention
 from srpo_core.checkpoint import copy_tensors, read_shapes
-from srpo_core.compiling import Compiler
+from srpo_core.compiling import Compiler, reason_of
 from srpo_core.config import RunConfig
-from srpo_core.errors import blamed_on
+from srpo_core.errors import TrainingError, blamed_on
 from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
@@ -116,6 +116,10 @@ class Learner:
         try:
             return self._step(number, clock)
         except RuntimeError as error:
+            if compiled and self.world.size > 1 and self._compiler.failed(error):  # others may have gone on
+                raise TrainingError(
+                    f"model.compile=true can't be done here ({reason_of(error)}), set it to false"
+                ) from error
             if not compiled or self.world.size > 1 or not self._compilers(error):
                 raise
         return self._step(number, clock)

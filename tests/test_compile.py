@@ -16,6 +16,7 @@ from srpo_core import compiling
 from srpo_core.assemble import assemble
 from srpo_core.compiling import Compiler, make_compiler
 from srpo_core.config import LoraConfig
+from srpo_core.errors import TrainingError
 from srpo_core.lora import add_lora
 from srpo_core.metrics import Clock
 from srpo_core.models.flux import BLOCKS
@@ -209,6 +210,25 @@ def test_a_backward_pass_that_cannot_be_compiled_is_tried_again_without(tmp_path
         told, wanted = (learner.step(number, Clock(lambda: None)) for learner in (ours, exact))
         assert told.loss == wanted.loss and told.grad_norm == wanted.grad_norm
     assert capsys.readouterr().out.count("the run goes on without") == 1
+
+
+def test_of_several_processes_none_goes_on_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "Compiler", lambda *given: with_backend(*given))
+    learner, error = (
+        assemble(tiny_config(tmp_path, model__compile=True)).learner,
+        InductorError(RuntimeError("x"), None),
+    )
+    learner.world = SimpleNamespace(size=2)
+
+    def step(number, clock):
+        raise error
+
+    monkeypatch.setattr(learner, "_step", step)
+    with pytest.raises(TrainingError, match=r"model\.compile=true can't be done here \(.*x.*\), set it to false"):
+        learner.step(1, Clock(lambda: None))
+    error = RuntimeError("mat1 and mat2")
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2$"):
+        learner.step(1, Clock(lambda: None))
 
 
 def forward_only(graph, inputs):
