@@ -5,8 +5,9 @@
 
 Needs no files: transformer, autoencoder, HPS v2's ViT-H-14 and prompts are random numbers made on the device. Each row
 is a real learner in a process of its own; times are medians of the steps after the first ones, by the device's clock.
-Every row begins with the same numbers, and ends with a rollout and a gradient beside those of the exact path, of the
-same weights, noise and levels: nothing compiled, PyTorch's attention, every call, the reward in float32.
+Every row begins with the same numbers, and ends with a rollout beside that of the exact path, of the same weights and
+noise: nothing compiled, PyTorch's attention, every call. So does a row of one picture a step with its gradient, the
+exact path's reward in float32.
 Rows are written to --out as they come, and none is begun that can't end within --seconds. `--tiny` shrinks the models,
 to try the script on a machine without a GPU.
 """
@@ -110,6 +111,11 @@ def build(config: RunConfig, tiny: bool, world: World) -> tuple[RandomFlux, Part
     return components, parts, Learner(config, world, parts)
 
 
+def pictures_of(config: RunConfig) -> int:
+    """How many pictures a step has."""
+    return config.data.batch_size * config.optim.accumulation
+
+
 def random_reward(device: torch.device, tiny: bool, dtype: torch.dtype) -> ClipReward:
     """HPS v2's shapes with random weights."""
     from open_clip import get_model_config
@@ -144,8 +150,7 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
     seconds = {name: statistics.median(step[name] for step in measured) for name in measured[0]}
     row["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
     row["loss"], row["grad_norm"] = metrics.loss, metrics.grad_norm
-    pictures = config.data.batch_size * config.optim.accumulation
-    row["seconds_per_picture"] = round(seconds["step"] / pictures, 4)
+    row["seconds_per_picture"] = round(seconds["step"] / pictures_of(config), 4)
     if device.type == "cuda":
         row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
@@ -170,7 +175,7 @@ def rates(config: RunConfig, components: RandomFlux, step: float, device: torch.
 
     The floor is what a step would take if all were matrix products at the ceilings. The reward is left out (0.3 %).
     """
-    work, pictures = count_work(config, components), config.data.batch_size * config.optim.accumulation
+    work, pictures = count_work(config, components), pictures_of(config)
     calls = config.rollout.calls or config.rollout.num_steps
     rolled = pictures * calls * work.forward
     passes = 3 if not config.lora.rank else 2  # back to weights and inputs, or to inputs alone
@@ -309,7 +314,7 @@ def child(args: argparse.Namespace) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gib * 2**30 / total))
     try:
         with deterministic(config.parallel.deterministic):
-            row = measure(config, args.tiny, args.profile, compare=not args.cap_gib)
+            row = measure(config, args.tiny, args.profile, compare=not args.cap_gib and pictures_of(config) == 1)
     except Exception as error:
         row = {"error": f"{type(error).__name__}: {error}"[:1500]}
         if torch.cuda.is_available():
@@ -358,7 +363,7 @@ def main() -> None:
         "--cap-gib",
         type=float,
         default=0.0,
-        help="memory that a row may take, as a smaller card's; gradients aren't compared",
+        help="memory that a row may take, as a smaller card's; no gradients compared",
     )
     parser.add_argument("--steps", type=int, default=WARM_UP + MEASURED, help=f"of a row; those after {WARM_UP} count")
     parser.add_argument("--tiny", action="store_true")
