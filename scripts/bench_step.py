@@ -61,6 +61,7 @@ KEPT = "model.recompute=false"
 SMALL = "model.trained_memory=bfloat16 optim.states=8bit"
 COMPILED = f"model.compile=true {KEPT} {SMALL}"
 FAST = f"{COMPILED} rollout.precision=fp8"
+CARD_24 = "lora.rank=16 lora.targets=attention model.recompute=true"
 LORA = "lora.rank=32 model.trained_memory=float32 optim.states=float32"
 ROWS = {
     "exact, eager": f"model.attention=native {SMALL}",
@@ -76,6 +77,10 @@ ROWS = {
     "LoRA, compiled, fp8 rollout, batch 4": f"{FAST} {LORA} data.batch_size=4",
     "LoRA, compiled, recomputed, fp8 rollout, batch 8": f"{FAST} {LORA} model.recompute=true data.batch_size=8",
     "compiled, recomputed, fp8 rollout, batch 4": f"{FAST} model.recompute=true data.batch_size=4",
+    "LoRA for 24 GB": f"{CARD_24} model.frozen_memory=8bit",
+    "LoRA for 24 GB, compiled, base and rollouts in fp8": (
+        f"{CARD_24} model.frozen_memory=fp8 rollout.precision=fp8 model.compile=true"
+    ),
     "4 micro-batches, rolled out together": f"{FAST} model.recompute=true optim.accumulation=4 rollout.at_once=4",
 }
 """By name: settings on top of the published recipe at batch 1."""

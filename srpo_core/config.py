@@ -171,8 +171,9 @@ class RolloutConfig(Section):
         description="numbers of the rollout's matrix products: model.dtype, or fp8 (e4m3, a scale for each row of"
         " weights and activations), about a quarter faster where model.compile is on; needs an NVIDIA GPU from Ada or"
         " Hopper on, and memory for a copy of the blocks' matrices in 8 bits (8.5 GB of FLUX.1-dev) as long as a"
-        " rollout lasts, beside model.frozen_memory=8bit too. A LoRA is merged into the copy. Previews and the gradient"
-        " step stay in model.dtype",
+        " rollout lasts, beside model.frozen_memory=8bit too. A LoRA is merged into the copy. Matrices that"
+        " model.frozen_memory=fp8 holds need no copy: they are multiplied as they are, with the LoRA beside them."
+        " Previews and the gradient step stay in model.dtype",
     )
     calls: int = Field(
         0,

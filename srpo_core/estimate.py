@@ -169,12 +169,12 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     here = 0 if config.parallel.offload else footprint.trained / parts  # or else on the host
     trained, gradients = round(here * footprint.held(config)), round(here * footprint.held_while_training(config))
     rolled_out = trained + (gradients if config.optim.accumulation > 1 else 0)
-    size = (data.height, data.width)
+    size, copied = (data.height, data.width), _copy(config, footprint, shapes)
     together = min(config.rollout.at_once, config.optim.accumulation)
     drawing = max(_forward(config, footprint, shapes, size), _decoding(config, shapes, size, False))
     phases = {
         "encoding prompts": _text_bytes(config, shapes),
-        "rollout": still + rolled_out + _copy(config, shapes) + _forward(config, footprint, shapes, size, together),
+        "rollout": still + rolled_out + copied + _forward(config, footprint, shapes, size, together),
         "gradient step": still + trained + gradients + _backward(config, footprint, shapes, size),
         "previews": still + trained + drawing,
     }
@@ -224,10 +224,15 @@ def _narrow_copies(config: RunConfig, footprint: Footprint) -> int:
     return NARROW * footprint.trained if cast else 0
 
 
-def _copy(config: RunConfig, shapes: Shapes) -> int:
-    """The copy in fp8 that is rolled out: a byte for each number of the layers that a LoRA of all would go beside."""
+def _copy(config: RunConfig, footprint: Footprint, shapes: Shapes) -> int:
+    """The copy in fp8 that is rolled out: a byte for each number of the layers that a LoRA of all would go beside.
+
+    Matrices that are held in fp8 anyway need none, but their LoRA is there in model.dtype.
+    """
     if config.rollout.precision != "fp8":
         return 0
+    if config.lora.rank and config.model.frozen_memory == "fp8":
+        return (NARROW if config.model.dtype == "bfloat16" else 4) * footprint.trained
     layers = target_shapes(shapes.flow, LoraConfig(targets="all"))
     return sum(rows * columns for rows, columns in layers.values())
 

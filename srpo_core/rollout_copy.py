@@ -14,14 +14,16 @@ from srpo_core.compiling import Compiler
 from srpo_core.config import ConfigError
 from srpo_core.interfaces import TrainableFlow
 from srpo_core.lora import ADAPTER, layer_pattern
+from srpo_core.weights.compressed import fp8_codes
 from srpo_core.weights.eight_bit import to_fp8_rows
-from srpo_core.weights.fp8_linear import Fp8Linear, takes_fp8
+from srpo_core.weights.fp8_linear import PARTS, Fp8Linear, takes_fp8
 
 
 class RolloutCopy:
     """Holds nothing of its own but while it is `filled`: then codes of the weights as they are at that time.
 
-    A LoRA beside a layer is merged into its codes. `dtype` is the precision of the model's other products.
+    A LoRA beside a layer is merged into its codes, unless the matrix is held in fp8 anyway (model.frozen_memory): those
+    codes serve as they are, at no cost. `dtype` is the precision of the model's other products.
     """
 
     def __init__(self, flow: TrainableFlow, dtype: torch.dtype, compiler: Compiler | None = None) -> None:
@@ -41,11 +43,22 @@ class RolloutCopy:
         """Inside the context the copy stands for the weights as they are now; its memory is given back after it."""
         try:
             for layer, source in self._layers:
-                layer.codes, layer.scale = self._to_codes(*weight_parts(source))
+                self._fill(layer, source)
             yield self.flow
         finally:
             for layer, _ in self._layers:
-                layer.codes = layer.scale = None
+                for name in PARTS:
+                    setattr(layer, name, None)
+
+    def _fill(self, layer: Fp8Linear, source: nn.Module) -> None:
+        held = fp8_codes(getattr(source, "base_layer", source))
+        if held is None:
+            layer.codes, layer.scale = self._to_codes(*weight_parts(source))
+            return
+        layer.codes, layer.scale = held
+        if hasattr(source, "lora_A"):
+            down, up = (pair[ADAPTER].weight for pair in (source.lora_A, source.lora_B))
+            layer.down, layer.up = down.to(layer.dtype), (up.float() * source.scaling[ADAPTER]).to(layer.dtype)
 
 
 def shared_copy(module: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import encode_text, tiny_config, tiny_flow
 from torch import nn
+from torch.nn.utils import parametrize
 
 from srpo_core.assemble import assemble
 from srpo_core.checks import check_fit
@@ -16,9 +17,9 @@ from srpo_core.metrics import Clock
 from srpo_core.models.flux import BLOCKS
 from srpo_core.rollout import rollout
 from srpo_core.rollout_copy import RolloutCopy, shared_copy
-from srpo_core.weights.compressed import fill_compressed
-from srpo_core.weights.eight_bit import to_fp8_rows
-from srpo_core.weights.fp8_linear import Fp8Linear, check_fp8, scaled_product, takes_fp8
+from srpo_core.weights.compressed import fill_compressed, fp8_codes
+from srpo_core.weights.eight_bit import Rows, to_fp8_rows
+from srpo_core.weights.fp8_linear import PARTS, Fp8Linear, check_fp8, scaled_product, takes_fp8
 
 PROMPTS = encode_text(["a red cat", "a blue dog"])
 LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -145,6 +146,59 @@ def test_a_lora_is_merged_into_the_codes(frozen):
     with RolloutCopy(flow, torch.float32).filled() as twin:
         assert not any("lora" in name for name, _ in twin.module.named_modules())
         assert relative(velocity(twin), exact) < 0.25 * relative(velocity(twin), without)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_that_are_in_fp8_anyway_are_used_as_they_are(dtype):
+    flow = frozen_in_fp8()
+    names = add_lora(flow.module, LoraConfig(rank=4, alpha=2.0), flow.lora_targets["all"])
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in flow.module.named_parameters():
+        if name in names:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    exact, copy = velocity(flow), RolloutCopy(flow, dtype)
+    with copy.filled() as twin:
+        assert relative(velocity(twin), exact) < 0.03
+        for layer, source in copy._layers:
+            held = source.base_layer.parametrizations.weight
+            assert layer.codes.data_ptr() == held.original.data_ptr() and layer.scale.shape == (len(layer.codes), 1)
+            assert layer.down.dtype == layer.up.dtype == dtype
+    assert all(getattr(layer, name) is None for layer, _ in copy._layers for name in PARTS)
+
+
+def test_a_lora_beside_such_a_matrix_is_the_one_of_the_layer():
+    flow = frozen_in_fp8()
+    names = add_lora(flow.module, LoraConfig(rank=4, alpha=2.0), flow.lora_targets["all"])
+    copy = RolloutCopy(flow, torch.float32)
+    layer, source = copy._layers[0]
+    inputs = torch.randn(3, 5, source.base_layer.in_features, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        plain = source(inputs)
+        for name, parameter in flow.module.named_parameters():
+            if name in names:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)))
+        with copy.filled():
+            theirs, ours = source(inputs) - plain, layer(inputs)
+            layer.down = None
+            torch.testing.assert_close(ours - layer(inputs), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_for_all_rows_of_a_file_serves_too():
+    linear = nn.Linear(32, 48)
+    linear.weight.requires_grad_(False)
+    numbers = linear.weight.detach().clone()
+    linear.weight.data = (numbers / 0.01).to(torch.float8_e4m3fn)
+    parametrize.register_parametrization(linear, "weight", Rows(torch.full((1, 1), 0.01), torch.float32), unsafe=True)
+    codes, scale = fp8_codes(linear)
+    assert scale.shape == (48, 1) and relative(codes.float() * scale, numbers) < 0.03
+    assert fp8_codes(nn.Linear(32, 48)) is None
+
+
+def frozen_in_fp8():
+    flow = tiny_flow()
+    state = {name: tensor.clone() for name, tensor in flow.module.state_dict().items()}
+    fill_compressed(flow.module, iter(state.items()), torch.float32, "cpu", {}, BLOCKS, "fp8")
+    return flow
 
 
 def test_layers_that_do_not_suit_stay_as_they_are():

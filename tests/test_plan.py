@@ -268,6 +268,17 @@ def test_larger_pictures_fit_a_card_of_24_gb_too():
     assert plan_cards(config, Cards(gib=24)).needed.peak < 22 * 2**30
 
 
+def test_rollouts_in_fp8_cost_a_base_in_fp8_nothing_but_its_lora():
+    def peak(*settings):
+        config = load_run("flux-dev-lora-24gb", ["parallel.device=cpu", "model.frozen_memory=fp8", *settings])
+        return plan_cards(config, Cards(gib=24)).needed
+
+    plain, ours = peak(), peak("rollout.precision=fp8")
+    assert ours.peak == plain.peak < 19 * 2**30
+    assert 0 < ours.phases["rollout"] - plain.phases["rollout"] < 2**28
+    assert peak("rollout.precision=fp8", "model.frozen_memory=8bit").phases["rollout"] > 23 * 2**30
+
+
 def test_several_cards_take_what_one_takes_and_their_connections():
     config = load_run("flux-dev", ["parallel.device=cpu"])
     one, two = (plan_cards(config, Cards(gib=80, count=count)).needed for count in (1, 2))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .eight_bit import FloatRows, Rows
+from .eight_bit import CODES, FloatRows, Rows
 from .four_bit import BLOCK, Blocks
 from .fp8 import FP8, scale_of
 from .loading import Stream, fill
@@ -75,6 +75,16 @@ def form_for(memory: str, layer: nn.Linear) -> type[Rows] | type[Blocks]:
     """The form of a layer's matrix: 8 bits where its rows are not whole blocks of 4 bits."""
     form = FORMS[memory]
     return Rows if form is Blocks and layer.in_features % BLOCK else form
+
+
+def fp8_codes(layer: nn.Linear) -> tuple[Tensor, Tensor] | None:
+    """The codes [out, in] and the rows' scales [out, 1] of a layer's matrix that is held in e4m3; None of others."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    held = layer.parametrizations.weight
+    if held.original.dtype != CODES:
+        return None
+    return held.original.detach(), held[0].scale.expand(len(held.original), 1).contiguous()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from srpo_core.config import ConfigError
 
@@ -18,6 +19,8 @@ MULTIPLE = 16
 CAPABILITY = (8, 9)
 """The first NVIDIA GPUs that multiply fp8 numbers: Ada, then Hopper."""
 TOLERANCE = 0.01
+PARTS = ("codes", "scale", "down", "up")
+"""What an `Fp8Linear` is given."""
 
 
 def scaled_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
@@ -33,14 +36,15 @@ def scaled_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: T
 class Fp8Linear(nn.Module):
     """A linear layer whose weight [out, in] is held as codes and scales, given to it before it is called.
 
-    Input and output are those of `nn.Linear`; the output is in `dtype`.
+    Input and output are those of `nn.Linear`; the output is in `dtype`. With `down` [r, in] and `up` [out, r], in that
+    precision too, there is a LoRA beside it.
     """
 
     def __init__(self, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.bias, self.dtype = bias, dtype
-        self.register_buffer("codes", None, persistent=False)
-        self.register_buffer("scale", None, persistent=False)
+        for name in PARTS:
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -48,7 +52,10 @@ class Fp8Linear(nn.Module):
         out = scaled_product(*to_fp8_rows(rows), self.codes, self.scale)
         if self.bias is not None:
             out = out + self.bias.to(out.dtype)
-        return out.to(self.dtype).view(*inputs.shape[:-1], out.shape[-1])
+        out = out.to(self.dtype)
+        if self.down is not None:
+            out = out + F.linear(F.linear(rows.to(self.dtype), self.down), self.up)
+        return out.view(*inputs.shape[:-1], out.shape[-1])
 
 
 def takes_fp8(out_features: int, in_features: int) -> bool:
