@@ -37,9 +37,11 @@ ROWS = {
     "gathered for the rollout": "parallel.gathered=rollout",
     "gathered for the step": "parallel.gathered=step",
     "gathered for the step, compiled": "parallel.gathered=step model.compile=true",
-    "gathered for the step, compiled, activations kept": (
-        "parallel.gathered=step model.compile=true model.recompute=false"
+    "gathered for the step, compiled, what fits is kept": (
+        "parallel.gathered=step model.compile=true model.recompute=auto"
     ),
+    "the same, 12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
+    "two share a picture": "parallel.context=2 parallel.gathered=step",
 }
 """By name: settings on top of the recipe and of SHARDED; one GPU has no use for those of parallel."""
 WARM_UP, MEASURED = 2, 3

@@ -129,6 +129,14 @@ def test_presets_held_to_smaller_cards_are_predicted(shapes, monkeypatch):
     assert rows["24 GB preset, 1024"]["measured_peak_gib"] < 22
 
 
+def test_all_weights_on_a_card_of_80_gb_are_predicted(shapes, monkeypatch):
+    """On an H200, nothing compiled and everything recomputed."""
+    row = measured("bench_step.json", monkeypatch)["rows"]["exact, eager"]
+    settings = [word for word in row["settings"].split() if not word.startswith("model.attention")]
+    guess = estimate(preset("flux-dev-exact", "optim.accumulation=1", *settings), shapes)
+    assert guess.peak / GIB == pytest.approx(row["peak_gib"], rel=0.01)
+
+
 def test_the_pace_of_the_bench_is_predicted(shapes, full_size):
     """Seconds of a step on an H100, by arithmetic, against those measured: within a quarter."""
     rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
