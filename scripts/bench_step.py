@@ -22,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,7 +96,7 @@ FP8_SIDE = {"cuda": 8192, "cpu": 256}
 def describe(settings: str, tiny: bool, steps: int = WARM_UP + MEASURED) -> RunConfig:
     """The run of a row: the published recipe with its settings."""
     base = ["model.family=bench_memory:load", "data.prompts=builtin", "optim.accumulation=1", "reward.name=hpsv2"]
-    base += [f"optim.steps={steps + 2}", "output.dir=unused"]
+    base += [f"optim.steps={steps + 3}", "output.dir=unused"]
     return load_run("flux-dev-exact", [*base, *settings.split(), *(TINY.split() if tiny else [])])
 
 
@@ -139,7 +141,7 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
         row["built_gib"] = gib(torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
     row["build_seconds"] = round(time.perf_counter() - start, 1)
-    start, steps, memory, count = time.perf_counter(), [], [], config.optim.steps - 2
+    start, steps, memory, count = time.perf_counter(), [], [], config.optim.steps - 3
     for number in range(1, count + 1):
         if number == WARM_UP + 1:
             row["warm_up_seconds"] = round(time.perf_counter() - start, 1)
@@ -160,6 +162,7 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
         row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
         row["held_and_peak_gib_after_steps"] = {number: memory[number - 1] for number in sorted({1, 2, 3, count})}
+        row["waits"] = waits(lambda: learner.step(count + 1, Clock(lambda: None)))
     row |= rates(config, components, seconds["step"], device)
     if parts.rollout_copy is not None:
         row["seconds_of_codes"] = round(codes_seconds(parts.rollout_copy, learner.world), 4)
@@ -169,7 +172,7 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
         profile.write_text(profiled(lambda: learner.step(count + 2, Clock(lambda: None)), device))
     if compare:
         try:
-            row |= gradient_error(config, tiny, parts, learner, count + 1)
+            row |= gradient_error(config, tiny, parts, learner, count + 3)
         except torch.OutOfMemoryError as error:
             row["gradient_error"] = {"error": f"two gradients don't fit: {error}"[:300]}
     return row
@@ -225,6 +228,20 @@ def uncompiled(flow: TrainableFlow) -> Iterator[None]:
     finally:
         for module, call in compiled.items():
             module.forward = call
+
+
+def waits(step: Callable[[], object]) -> dict[str, int]:
+    """How often the host waits for the GPU in a step, by the place in the code."""
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    told = [one for one in caught if "synchronizing" in str(one.message)]
+    return dict(Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told))
 
 
 def rollout_error(config: RunConfig, parts: Parts, learner: Learner) -> dict[str, float]:
