@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh:
+# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh, in this folder and with
+# what is set here of NCCL_*, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, HF_HOME, COMFYUI_PATH, PYTHON and PROJECT:
 #   HOSTS=first,second bash scripts/multi_host.sh RUN
 # or by running it on every machine at about the same time, with the same numbers but for NODE_RANK:
 #   NNODES          how many machines there are                              (or HOST_NUM)
@@ -28,10 +29,15 @@ MASTER_PORT="${MASTER_PORT:-$PORT}"
 NODE_RANK="${NODE_RANK:-${INDEX:-}}"
 if [ -n "${HOSTS:-}" ] && [ -z "$NODE_RANK" ]; then
     IFS=, read -r -a NAMES <<< "$HOSTS"
-    numbers=(NNODES="${#NAMES[@]}" MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-${NAMES[0]}}}")
-    numbers+=(MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
-    command="$(printf '%q ' env "${numbers[@]}" bash "$SELF" ${ARGS[@]+"${ARGS[@]}"})"
-    exec pdsh -S -R exec -w "$HOSTS" ssh %h "NODE_RANK=%n ${command//%/%%}"  # %h and %n: a host and its number
+    given=(NNODES="${#NAMES[@]}" MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-${NAMES[0]}}}")
+    given+=(MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
+    for name in "${!NCCL_@}" CUDA_VISIBLE_DEVICES OMP_NUM_THREADS HF_HOME COMFYUI_PATH PYTHON PROJECT; do
+        [ -z "${!name+set}" ] || given+=("$name=${!name}")
+    done
+    folder="$(printf %q "$(pwd)")"  # ssh begins in the home folder, with hardly any environment
+    command="$(printf '%q ' "${given[@]}" bash "$SELF" ${ARGS[@]+"${ARGS[@]}"})"
+    # %h and %n: a host and its number
+    exec pdsh -S -R exec -w "$HOSTS" ssh %h "cd ${folder//%/%%} && env NODE_RANK=%n ${command//%/%%}"
 fi
 NNODES="${NNODES:-${HOST_NUM:-2}}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$PROCESSES}"

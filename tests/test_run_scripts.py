@@ -125,31 +125,66 @@ IFS=, read -r -a hosts <<< "$5"
 for number in "${!hosts[@]}"; do
     words=()
     for word in "${@:6}"; do
+        word="${word//%%/$'\\1'}"
         word="${word//%h/${hosts[$number]}}"
         word="${word//%n/$number}"
-        words+=("${word//%%/%}")
+        words+=("${word//$'\\1'/%}")
     done
     "${words[@]}"
 done
 """
-SSH = '#!/bin/bash\n[ $# = 2 ] && echo "on $1:" && exec bash -c "$2"\n'
+SSH = """#!/bin/bash
+[ $# = 2 ] && echo "on $1:" && cd "$(dirname "$0")" && exec env -i PATH="$PATH" bash -c "$2"
+"""
 
 
-def test_one_machine_starts_all_by_pdsh(tmp_path):
-    """With programs named pdsh and ssh that do what they do, on this machine."""
-    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2})
+def distant(tmp_path):
+    """A PATH with programs named pdsh and ssh that do what they do, on this machine: elsewhere, with nothing set."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in (("pdsh", PDSH), ("ssh", SSH)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
+    return f"{programs}:{os.environ['PATH']}"
+
+
+def test_one_machine_starts_all_by_pdsh(tmp_path):
+    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2})
+    path = distant(tmp_path)
     told = said(hosts, "data.prompts=50% odd 'words'", HOSTS="first,second", PATH=path).splitlines()
     assert [line for line in told if line.startswith("on ")] == ["on first:", "on second:"]
     for number, line in enumerate(line for line in told if "torch.distributed" in line):
         assert f"--nnodes=2 --node-rank={number} --nproc-per-node=2 --master-addr=first --master-port=29500" in line
         assert line.endswith("parallel.rendezvous=first:29500 data.prompts=50% odd 'words'")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_others_start_in_this_folder_with_what_is_set_here(tmp_path):
+    """Or relative paths aren't found there, and NCCL takes another network."""
+    place = tmp_path / "100% $(touch x) 'here'"
+    place.mkdir()
+    python = tmp_path / "a python"
+    python.write_text('#!/bin/bash\npwd\nprintf "%s\\n" "$0"\nenv\n')
+    python.chmod(0o755)
+    values = {
+        "PYTHON": str(python), "PROJECT": "/a/project of 50%n", "NCCL_SOCKET_IFNAME": "=eth 0", "NCCL_DEBUG": "INFO",
+        "HF_HOME": "/models $(touch x)", "COMFYUI_PATH": "", "CUDA_VISIBLE_DEVICES": "1,0", "OMP_NUM_THREADS": "3",
+    }  # fmt: skip
+    script = Path(__file__).parents[1] / "scripts" / "multi_host.sh"
+
+    here = {"PATH": distant(tmp_path), "HOSTS": "first,second", "PYTHON": str(python)}
+
+    def told(**environment):
+        command = ["bash", str(script), "./my.yaml"]
+        environment = here | environment
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    lines = told(**values)
+    for line in (str(place), str(python), *(f"{name}={value}" for name, value in values.items())):
+        assert lines.count(line) == 2, line
+    assert not [line for line in told() if line.startswith(("NCCL_", "HF_HOME=", "COMFYUI_", "CUDA_"))]
+    assert not list(tmp_path.rglob("x"))
 
 
 def test_the_projects_own_scripts_are_these_for_any_run(tmp_path):
