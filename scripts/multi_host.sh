@@ -44,6 +44,9 @@ NPROC_PER_NODE="${NPROC_PER_NODE:-$PROCESSES}"
 NODE_RANK="${NODE_RANK:-0}"
 HOST="${HOSTNAME:-localhost}"
 MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-$HOST}}"
+CPUS="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"  # torchrun gives each of several processes one thread
+THREADS="$((CPUS / NPROC_PER_NODE))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \
     --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes="$NNODES" \

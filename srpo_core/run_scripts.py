@@ -43,7 +43,7 @@ NPROC_PER_NODE="${{NPROC_PER_NODE:-${{HOST_GPU_NUM:-$PROCESSES}}}}"
 {gpus}if [ "$NPROC_PER_NODE" = 1 ]; then
     exec "$PYTHON" "$SRPO" train "$RUN" --resume parallel.processes=1 parallel.nodes=1 "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PER_NODE" \\
+{threads}exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PER_NODE" \\
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes=1 "$@"
 """
 HOSTS = """\
@@ -83,7 +83,7 @@ NPROC_PER_NODE="${{NPROC_PER_NODE:-$PROCESSES}}"
 NODE_RANK="${{NODE_RANK:-{node_rank}}}"
 HOST={host}
 MASTER_ADDR="${{MASTER_ADDR:-${{CHIEF_IP:-$HOST}}}}"
-{gpus}exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \\
+{gpus}{threads}exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \\
     --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \\
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes="$NNODES" \\
     parallel.node_rank="$NODE_RANK" parallel.rendezvous="$MASTER_ADDR:$MASTER_PORT" "$@"
@@ -109,8 +109,16 @@ export NPROC_PER_NODE="${{NPROC_PER_NODE:-${{SLURM_GPUS_ON_NODE:-$PROCESSES}}}}"
 mapfile -t NAMES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${{NAMES[0]}}"
 export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}}"
+if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then  # srun no longer asks for as many as sbatch did
+    export SRUN_CPUS_PER_TASK="${{SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}}"
+fi
 export SCRIPT
 srun bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${{ARGS[@]+"${{ARGS[@]}}"}}
+"""
+THREADS = """\
+CPUS="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"  # torchrun gives each of several processes one thread
+THREADS="$((CPUS / NPROC_PER_NODE))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
 """
 ANY_HOST = '"${HOSTNAME:-localhost}"'
 
@@ -160,6 +168,7 @@ def project_scripts() -> dict[str, str]:
 
 
 def _texts(where: str, values: Mapping[str, object], calls: Mapping[str, str]) -> dict[str, str]:
+    values = {**values, "threads": THREADS}
     parts = zip(NAMES, (TRAIN, HOSTS, SLURM), (TRAIN_BODY, HOSTS_BODY, SLURM_BODY), strict=True)
     return {
         name: HEAD.format(comment=comment.format(call=calls[name], **values), where=where) + body.format(**values)

@@ -82,16 +82,36 @@ def test_settings_are_words_and_no_commands(tmp_path):
     assert not (tmp_path / "trap").exists()
 
 
+def test_processes_share_the_cpus(tmp_path):
+    """Where torchrun would give each of them one thread."""
+    _, scripts = run(tmp_path, parallel={"processes": 2})
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "nproc").write_text("#!/bin/bash\necho 13\n")
+    (programs / "nproc").chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    for script in scripts[:2]:
+        script.write_text(script.read_text().replace('exec "$PYTHON"', 'echo "$OMP_NUM_THREADS"; exec "$PYTHON"'))
+        for processes, set_here, threads in (("2", "", "6"), ("4", "", "3"), ("16", "", "1"), ("2", "5", "5")):
+            told = said(script, PATH=path, NPROC_PER_NODE=processes, OMP_NUM_THREADS=set_here)
+            assert told.startswith(f"{threads}\n"), (script, processes, set_here)
+
+
 def test_slurm_gives_each_machine_its_number(tmp_path):
     """With programs named as Slurm's that do what they do on two machines."""
     folder, (_, hosts, slurm) = run(tmp_path, parallel={"processes": 4, "nodes": 2})
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "scontrol").write_text("#!/bin/bash\nprintf 'first\\nsecond\\n'\n")
-    (programs / "srun").write_text('#!/bin/bash\nfor id in 0 1; do SLURM_NODEID=$id "$@" & wait; done\n')
+    (programs / "srun").write_text(
+        "#!/bin/bash\nexport SLURM_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-1}\n"
+        'for id in 0 1; do SLURM_NODEID=$id "$@" & wait; done\n'
+    )
     for program in programs.iterdir():
         program.chmod(0o755)
-    hosts.write_text('echo "$NODE_RANK of $NNODES, $NPROC_PER_NODE each, $MASTER_ADDR:$MASTER_PORT, $*"\n')
+    hosts.write_text(
+        'echo "$NODE_RANK of $NNODES, $NPROC_PER_NODE each, $MASTER_ADDR:$MASTER_PORT, $SLURM_CPUS_PER_TASK CPUs, $*"\n'
+    )
     copy = tmp_path / "spool" / "job"  # where Slurm runs it from
     copy.parent.mkdir()
     shutil.copy(slurm, copy)
@@ -100,9 +120,10 @@ def test_slurm_gives_each_machine_its_number(tmp_path):
         env={
             **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder / "scripts"),
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "77",
+            "SLURM_CPUS_PER_TASK": "32",
         },
     )  # fmt: skip
-    assert told.stdout == "".join(f"{rank} of 2, 4 each, first:20077, optim.steps=9\n" for rank in (0, 1))
+    assert told.stdout == "".join(f"{rank} of 2, 4 each, first:20077, 32 CPUs, optim.steps=9\n" for rank in (0, 1))
     assert "#SBATCH --nodes=2\n" in slurm.read_text()
     assert "#SBATCH --job-name=a-run---" in slurm.read_text()
 
