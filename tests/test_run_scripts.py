@@ -140,6 +140,37 @@ def test_the_published_names_are_heeded_where_torchruns_are_not_there(tmp_path):
     assert "--nnodes=5 --node-rank=2 --nproc-per-node=8 --master-addr=first --master-port=29501" in told
 
 
+def refused(script, *words, **environment):
+    """What the script says where it doesn't start: with nothing set but this."""
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "echo", **environment}
+    told = subprocess.run(["bash", str(script), *words], env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode and not told.stdout, told
+    return told.stderr
+
+
+def test_no_machine_waits_for_one_that_it_cannot_know(tmp_path):
+    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2, "nodes": 2})
+    project = Path(__file__).parents[1] / "scripts" / "multi_host.sh"
+    assert "NNODES: is not set, nor HOST_NUM: say how many" in refused(project, "flux-dev")
+    assert "NNODES: is not set, nor HOST_NUM: say how many" in refused(
+        project, "flux-dev", NODE_RANK="1", MASTER_ADDR="first", COUNT="2"
+    )
+    for script, words in ((project, ["flux-dev"]), (hosts, [])):
+        for number in ("NODE_RANK", "INDEX"):
+            told = refused(script, *words, NNODES="2", HOST="first", **{number: "1"})
+            assert "MASTER_ADDR: is not set, nor CHIEF_IP: say by which name" in told
+        told = refused(script, *words, HOST_NUM="2", NODE_RANK="2", CHIEF_IP="first")
+        assert "NODE_RANK=2: of NNODES=2 machines the last one is 1" in told
+
+
+def test_a_machine_knows_what_it_can(tmp_path):
+    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2, "nodes": 2})
+    assert "--nnodes=2 --node-rank=0" in said(hosts)
+    assert "--nnodes=3 --node-rank=1 --nproc-per-node=2 --master-addr=a" in said(hosts, HOSTS="a,b,c", NODE_RANK="1")
+    _, (_, hosts, _) = run(tmp_path, parallel={"nodes": 2, "node_rank": 1, "rendezvous": "10.0.0.5:29501"})
+    assert "--node-rank=1 --nproc-per-node=1 --master-addr=10.0.0.5 --master-port=29501" in said(hosts)
+
+
 PDSH = """#!/bin/bash
 [ "$1 $2 $3 $4" = "-S -R exec -w" ] || exit 2
 IFS=, read -r -a hosts <<< "$5"
