@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh:
+# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh, in the same folder and
+# with what is set of NCCL_*, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, HF_HOME, COMFYUI_PATH, PYTHON and PROJECT:
 #   HOSTS=first,second bash scripts/multi_host.sh RUN
 # or by running it on every machine at about the same time, with the same numbers but for NODE_RANK:
 #   NNODES          how many machines there are                              (or HOST_NUM)
@@ -26,18 +27,38 @@ NPROC_PER_NODE="${NPROC_PER_NODE:-${HOST_GPU_NUM:-}}"
 PORT=29500
 MASTER_PORT="${MASTER_PORT:-$PORT}"
 NODE_RANK="${NODE_RANK:-${INDEX:-}}"
-if [ -n "${HOSTS:-}" ] && [ -z "$NODE_RANK" ]; then
+HOST=
+COUNT=
+if [ -n "${HOSTS:-}" ]; then
     IFS=, read -r -a NAMES <<< "$HOSTS"
-    numbers=(NNODES="${#NAMES[@]}" MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-${NAMES[0]}}}")
-    numbers+=(MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
-    command="$(printf '%q ' env "${numbers[@]}" bash "$SELF" ${ARGS[@]+"${ARGS[@]}"})"
-    exec pdsh -S -R exec -w "$HOSTS" ssh %h "NODE_RANK=%n ${command//%/%%}"  # %h and %n: a host and its number
+    HOST="${NAMES[0]}"
+    COUNT="${#NAMES[@]}"
 fi
-NNODES="${NNODES:-${HOST_NUM:-2}}"
+MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-$HOST}}"
+if [ -n "${HOSTS:-}" ] && [ -z "$NODE_RANK" ]; then
+    given=(NNODES="$COUNT" MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
+    for name in "${!NCCL_@}" CUDA_VISIBLE_DEVICES OMP_NUM_THREADS HF_HOME COMFYUI_PATH PYTHON PROJECT; do
+        [ -z "${!name+set}" ] || given+=("$name=${!name}")
+    done
+    folder="$(printf %q "$(pwd)")"  # ssh begins in the home folder, with hardly any environment
+    command="$(printf '%q ' "${given[@]}" bash "$SELF" ${ARGS[@]+"${ARGS[@]}"})"
+    # %h and %n: a host and its number
+    exec pdsh -S -R exec -w "$HOSTS" ssh %h "cd ${folder//%/%%} && env NODE_RANK=%n ${command//%/%%}"
+fi
+NNODES="${NNODES:-${HOST_NUM:-$COUNT}}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$PROCESSES}"
 NODE_RANK="${NODE_RANK:-0}"
-HOST="${HOSTNAME:-localhost}"
-MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-$HOST}}"
+: "${NNODES:?is not set, nor HOST_NUM: say how many machines there are, or name them all in HOSTS}"
+if [ "$NODE_RANK" -ge "$NNODES" ]; then
+    echo "NODE_RANK=$NODE_RANK: of NNODES=$NNODES machines the last one is $((NNODES - 1))" >&2
+    exit 1
+elif [ "$NODE_RANK" = 0 ]; then
+    MASTER_ADDR="${MASTER_ADDR:-${HOSTNAME:-localhost}}"
+fi
+: "${MASTER_ADDR:?is not set, nor CHIEF_IP: say by which name or address machine $NODE_RANK reaches machine 0}"
+CPUS="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"  # torchrun gives each of several processes one thread
+THREADS="$((CPUS / NPROC_PER_NODE))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \
     --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes="$NNODES" \

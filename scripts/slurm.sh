@@ -28,5 +28,8 @@ export NPROC_PER_NODE="${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$PROCESSES}}"
 mapfile -t NAMES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${NAMES[0]}"
 export MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then  # srun no longer asks for as many as sbatch did
+    export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
+fi
 export SCRIPT
 srun bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${ARGS[@]+"${ARGS[@]}"}

@@ -16,5 +16,8 @@ NPROC_PER_NODE="${NPROC_PER_NODE:-${HOST_GPU_NUM:-$PROCESSES}}"
 if [ "$NPROC_PER_NODE" = 1 ]; then
     exec "$PYTHON" "$SRPO" train "$RUN" --resume parallel.processes=1 parallel.nodes=1 "$@"
 fi
+CPUS="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"  # torchrun gives each of several processes one thread
+THREADS="$((CPUS / NPROC_PER_NODE))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PER_NODE" \
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes=1 "$@"

@@ -43,11 +43,12 @@ NPROC_PER_NODE="${{NPROC_PER_NODE:-${{HOST_GPU_NUM:-$PROCESSES}}}}"
 {gpus}if [ "$NPROC_PER_NODE" = 1 ]; then
     exec "$PYTHON" "$SRPO" train "$RUN" --resume parallel.processes=1 parallel.nodes=1 "$@"
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PER_NODE" \\
+{threads}exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$NPROC_PER_NODE" \\
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes=1 "$@"
 """
 HOSTS = """\
-# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh:
+# Trains on several machines. Either from one of them, which starts the others by pdsh and ssh, in the same folder and
+# with what is set of NCCL_*, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, HF_HOME, COMFYUI_PATH, PYTHON and PROJECT:
 #   HOSTS=first,second bash {call}
 # or by running it on every machine at about the same time, with the same numbers but for NODE_RANK:
 #   NNODES          how many machines there are                              (or HOST_NUM)
@@ -65,19 +66,36 @@ NPROC_PER_NODE="${{NPROC_PER_NODE:-${{HOST_GPU_NUM:-}}}}"
 PORT={port}
 MASTER_PORT="${{MASTER_PORT:-$PORT}}"
 NODE_RANK="${{NODE_RANK:-${{INDEX:-}}}}"
-if [ -n "${{HOSTS:-}}" ] && [ -z "$NODE_RANK" ]; then
+HOST={host}
+COUNT={known}
+if [ -n "${{HOSTS:-}}" ]; then
     IFS=, read -r -a NAMES <<< "$HOSTS"
-    numbers=(NNODES="${{#NAMES[@]}}" MASTER_ADDR="${{MASTER_ADDR:-${{CHIEF_IP:-${{NAMES[0]}}}}}}")
-    numbers+=(MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
-    command="$(printf '%q ' env "${{numbers[@]}}" bash "$SELF" ${{ARGS[@]+"${{ARGS[@]}}"}})"
-    exec pdsh -S -R exec -w "$HOSTS" ssh %h "NODE_RANK=%n ${{command//%/%%}}"  # %h and %n: a host and its number
+    HOST="${{NAMES[0]}}"
+    COUNT="${{#NAMES[@]}}"
 fi
-NNODES="${{NNODES:-${{HOST_NUM:-{nodes}}}}}"
+MASTER_ADDR="${{MASTER_ADDR:-${{CHIEF_IP:-$HOST}}}}"
+if [ -n "${{HOSTS:-}}" ] && [ -z "$NODE_RANK" ]; then
+    given=(NNODES="$COUNT" MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
+    for name in "${{!NCCL_@}}" CUDA_VISIBLE_DEVICES OMP_NUM_THREADS HF_HOME COMFYUI_PATH PYTHON PROJECT; do
+        [ -z "${{!name+set}}" ] || given+=("$name=${{!name}}")
+    done
+    folder="$(printf %q "$(pwd)")"  # ssh begins in the home folder, with hardly any environment
+    command="$(printf '%q ' "${{given[@]}}" bash "$SELF" ${{ARGS[@]+"${{ARGS[@]}}"}})"
+    # %h and %n: a host and its number
+    exec pdsh -S -R exec -w "$HOSTS" ssh %h "cd ${{folder//%/%%}} && env NODE_RANK=%n ${{command//%/%%}}"
+fi
+NNODES="${{NNODES:-${{HOST_NUM:-$COUNT}}}}"
 NPROC_PER_NODE="${{NPROC_PER_NODE:-$PROCESSES}}"
 NODE_RANK="${{NODE_RANK:-{node_rank}}}"
-HOST={host}
-MASTER_ADDR="${{MASTER_ADDR:-${{CHIEF_IP:-$HOST}}}}"
-{gpus}exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \\
+: "${{NNODES:?is not set, nor HOST_NUM: say how many machines there are, or name them all in HOSTS}}"
+if [ "$NODE_RANK" -ge "$NNODES" ]; then
+    echo "NODE_RANK=$NODE_RANK: of NNODES=$NNODES machines the last one is $((NNODES - 1))" >&2
+    exit 1
+elif [ "$NODE_RANK" = 0 ]; then
+    MASTER_ADDR="${{MASTER_ADDR:-${{HOSTNAME:-localhost}}}}"
+fi
+: "${{MASTER_ADDR:?is not set, nor CHIEF_IP: say by which name or address machine $NODE_RANK reaches machine 0}}"
+{gpus}{threads}exec "$PYTHON" -m torch.distributed.run --nnodes="$NNODES" --node-rank="$NODE_RANK" \\
     --nproc-per-node="$NPROC_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \\
     "$SRPO" train "$RUN" --resume parallel.processes="$NPROC_PER_NODE" parallel.nodes="$NNODES" \\
     parallel.node_rank="$NODE_RANK" parallel.rendezvous="$MASTER_ADDR:$MASTER_PORT" "$@"
@@ -103,10 +121,17 @@ export NPROC_PER_NODE="${{NPROC_PER_NODE:-${{SLURM_GPUS_ON_NODE:-$PROCESSES}}}}"
 mapfile -t NAMES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR="${{NAMES[0]}}"
 export MASTER_PORT="${{MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}}"
+if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then  # srun no longer asks for as many as sbatch did
+    export SRUN_CPUS_PER_TASK="${{SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}}"
+fi
 export SCRIPT
 srun bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${{ARGS[@]+"${{ARGS[@]}}"}}
 """
-ANY_HOST = '"${HOSTNAME:-localhost}"'
+THREADS = """\
+CPUS="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"  # torchrun gives each of several processes one thread
+THREADS="$((CPUS / NPROC_PER_NODE))"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
+"""
 
 
 def write_scripts(config: RunConfig, run_dir: Path | str) -> list[Path]:
@@ -122,8 +147,9 @@ def write_scripts(config: RunConfig, run_dir: Path | str) -> list[Path]:
         "gpus": "" if named == "auto" else f"GPUS={shlex.quote(named)}\n{export}\n",
         "gpus_each": parallel.processes,
         "nodes": parallel.nodes,
+        "known": parallel.nodes,
         "node_rank": parallel.node_rank,
-        "host": shlex.quote(host) if host else ANY_HOST,
+        "host": shlex.quote(host) if host else "",
         "port": shlex.quote(port or "29500"),
         "cpus": 8 * parallel.processes,
         "job": _job_name(Path(run_dir).absolute().name),
@@ -142,8 +168,9 @@ def project_scripts() -> dict[str, str]:
         "gpus": "",
         "gpus_each": 8,
         "nodes": 2,
+        "known": "",
         "node_rank": 0,
-        "host": ANY_HOST,
+        "host": "",
         "port": "29500",
         "cpus": 64,
         "job": "srpo",
@@ -154,6 +181,7 @@ def project_scripts() -> dict[str, str]:
 
 
 def _texts(where: str, values: Mapping[str, object], calls: Mapping[str, str]) -> dict[str, str]:
+    values = {**values, "threads": THREADS}
     parts = zip(NAMES, (TRAIN, HOSTS, SLURM), (TRAIN_BODY, HOSTS_BODY, SLURM_BODY), strict=True)
     return {
         name: HEAD.format(comment=comment.format(call=calls[name], **values), where=where) + body.format(**values)

@@ -82,16 +82,36 @@ def test_settings_are_words_and_no_commands(tmp_path):
     assert not (tmp_path / "trap").exists()
 
 
+def test_processes_share_the_cpus(tmp_path):
+    """Where torchrun would give each of them one thread."""
+    _, scripts = run(tmp_path, parallel={"processes": 2})
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "nproc").write_text("#!/bin/bash\necho 13\n")
+    (programs / "nproc").chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    for script in scripts[:2]:
+        script.write_text(script.read_text().replace('exec "$PYTHON"', 'echo "$OMP_NUM_THREADS"; exec "$PYTHON"'))
+        for processes, set_here, threads in (("2", "", "6"), ("4", "", "3"), ("16", "", "1"), ("2", "5", "5")):
+            told = said(script, PATH=path, NPROC_PER_NODE=processes, OMP_NUM_THREADS=set_here)
+            assert told.startswith(f"{threads}\n"), (script, processes, set_here)
+
+
 def test_slurm_gives_each_machine_its_number(tmp_path):
     """With programs named as Slurm's that do what they do on two machines."""
     folder, (_, hosts, slurm) = run(tmp_path, parallel={"processes": 4, "nodes": 2})
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "scontrol").write_text("#!/bin/bash\nprintf 'first\\nsecond\\n'\n")
-    (programs / "srun").write_text('#!/bin/bash\nfor id in 0 1; do SLURM_NODEID=$id "$@" & wait; done\n')
+    (programs / "srun").write_text(
+        "#!/bin/bash\nexport SLURM_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-1}\n"
+        'for id in 0 1; do SLURM_NODEID=$id "$@" & wait; done\n'
+    )
     for program in programs.iterdir():
         program.chmod(0o755)
-    hosts.write_text('echo "$NODE_RANK of $NNODES, $NPROC_PER_NODE each, $MASTER_ADDR:$MASTER_PORT, $*"\n')
+    hosts.write_text(
+        'echo "$NODE_RANK of $NNODES, $NPROC_PER_NODE each, $MASTER_ADDR:$MASTER_PORT, $SLURM_CPUS_PER_TASK CPUs, $*"\n'
+    )
     copy = tmp_path / "spool" / "job"  # where Slurm runs it from
     copy.parent.mkdir()
     shutil.copy(slurm, copy)
@@ -100,9 +120,10 @@ def test_slurm_gives_each_machine_its_number(tmp_path):
         env={
             **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(folder / "scripts"),
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "77",
+            "SLURM_CPUS_PER_TASK": "32",
         },
     )  # fmt: skip
-    assert told.stdout == "".join(f"{rank} of 2, 4 each, first:20077, optim.steps=9\n" for rank in (0, 1))
+    assert told.stdout == "".join(f"{rank} of 2, 4 each, first:20077, 32 CPUs, optim.steps=9\n" for rank in (0, 1))
     assert "#SBATCH --nodes=2\n" in slurm.read_text()
     assert "#SBATCH --job-name=a-run---" in slurm.read_text()
 
@@ -119,37 +140,103 @@ def test_the_published_names_are_heeded_where_torchruns_are_not_there(tmp_path):
     assert "--nnodes=5 --node-rank=2 --nproc-per-node=8 --master-addr=first --master-port=29501" in told
 
 
+def refused(script, *words, **environment):
+    """What the script says where it doesn't start: with nothing set but this."""
+    environment = {"PATH": os.environ["PATH"], "PYTHON": "echo", **environment}
+    told = subprocess.run(["bash", str(script), *words], env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode and not told.stdout, told
+    return told.stderr
+
+
+def test_no_machine_waits_for_one_that_it_cannot_know(tmp_path):
+    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2, "nodes": 2})
+    project = Path(__file__).parents[1] / "scripts" / "multi_host.sh"
+    assert "NNODES: is not set, nor HOST_NUM: say how many" in refused(project, "flux-dev")
+    assert "NNODES: is not set, nor HOST_NUM: say how many" in refused(
+        project, "flux-dev", NODE_RANK="1", MASTER_ADDR="first", COUNT="2"
+    )
+    for script, words in ((project, ["flux-dev"]), (hosts, [])):
+        for number in ("NODE_RANK", "INDEX"):
+            told = refused(script, *words, NNODES="2", HOST="first", **{number: "1"})
+            assert "MASTER_ADDR: is not set, nor CHIEF_IP: say by which name" in told
+        told = refused(script, *words, HOST_NUM="2", NODE_RANK="2", CHIEF_IP="first")
+        assert "NODE_RANK=2: of NNODES=2 machines the last one is 1" in told
+
+
+def test_a_machine_knows_what_it_can(tmp_path):
+    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2, "nodes": 2})
+    assert "--nnodes=2 --node-rank=0" in said(hosts)
+    assert "--nnodes=3 --node-rank=1 --nproc-per-node=2 --master-addr=a" in said(hosts, HOSTS="a,b,c", NODE_RANK="1")
+    _, (_, hosts, _) = run(tmp_path, parallel={"nodes": 2, "node_rank": 1, "rendezvous": "10.0.0.5:29501"})
+    assert "--node-rank=1 --nproc-per-node=1 --master-addr=10.0.0.5 --master-port=29501" in said(hosts)
+
+
 PDSH = """#!/bin/bash
 [ "$1 $2 $3 $4" = "-S -R exec -w" ] || exit 2
 IFS=, read -r -a hosts <<< "$5"
 for number in "${!hosts[@]}"; do
     words=()
     for word in "${@:6}"; do
+        word="${word//%%/$'\\1'}"
         word="${word//%h/${hosts[$number]}}"
         word="${word//%n/$number}"
-        words+=("${word//%%/%}")
+        words+=("${word//$'\\1'/%}")
     done
     "${words[@]}"
 done
 """
-SSH = '#!/bin/bash\n[ $# = 2 ] && echo "on $1:" && exec bash -c "$2"\n'
+SSH = """#!/bin/bash
+[ $# = 2 ] && echo "on $1:" && cd "$(dirname "$0")" && exec env -i PATH="$PATH" bash -c "$2"
+"""
 
 
-def test_one_machine_starts_all_by_pdsh(tmp_path):
-    """With programs named pdsh and ssh that do what they do, on this machine."""
-    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2})
+def distant(tmp_path):
+    """A PATH with programs named pdsh and ssh that do what they do, on this machine: elsewhere, with nothing set."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in (("pdsh", PDSH), ("ssh", SSH)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
+    return f"{programs}:{os.environ['PATH']}"
+
+
+def test_one_machine_starts_all_by_pdsh(tmp_path):
+    _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2})
+    path = distant(tmp_path)
     told = said(hosts, "data.prompts=50% odd 'words'", HOSTS="first,second", PATH=path).splitlines()
     assert [line for line in told if line.startswith("on ")] == ["on first:", "on second:"]
     for number, line in enumerate(line for line in told if "torch.distributed" in line):
         assert f"--nnodes=2 --node-rank={number} --nproc-per-node=2 --master-addr=first --master-port=29500" in line
         assert line.endswith("parallel.rendezvous=first:29500 data.prompts=50% odd 'words'")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_others_start_in_this_folder_with_what_is_set_here(tmp_path):
+    """Or relative paths aren't found there, and NCCL takes another network."""
+    place = tmp_path / "100% $(touch x) 'here'"
+    place.mkdir()
+    python = tmp_path / "a python"
+    python.write_text('#!/bin/bash\npwd\nprintf "%s\\n" "$0"\nenv\n')
+    python.chmod(0o755)
+    values = {
+        "PYTHON": str(python), "PROJECT": "/a/project of 50%n", "NCCL_SOCKET_IFNAME": "=eth 0", "NCCL_DEBUG": "INFO",
+        "HF_HOME": "/models $(touch x)", "COMFYUI_PATH": "", "CUDA_VISIBLE_DEVICES": "1,0", "OMP_NUM_THREADS": "3",
+    }  # fmt: skip
+    script = Path(__file__).parents[1] / "scripts" / "multi_host.sh"
+
+    here = {"PATH": distant(tmp_path), "HOSTS": "first,second", "PYTHON": str(python)}
+
+    def told(**environment):
+        command = ["bash", str(script), "./my.yaml"]
+        environment = here | environment
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    lines = told(**values)
+    for line in (str(place), str(python), *(f"{name}={value}" for name, value in values.items())):
+        assert lines.count(line) == 2, line
+    assert not [line for line in told() if line.startswith(("NCCL_", "HF_HOME=", "COMFYUI_", "CUDA_"))]
+    assert not list(tmp_path.rglob("x"))
 
 
 def test_the_projects_own_scripts_are_these_for_any_run(tmp_path):
