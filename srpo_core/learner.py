@@ -21,7 +21,7 @@ from srpo_core.errors import TrainingError, blamed_on
 from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
-from srpo_core.keeping import CudaMemory, Keeping, keep_what_fits
+from srpo_core.keeping import Keeping, keep_what_fits, memory_of
 from srpo_core.metrics import Clock, StepMetrics, over_processes
 from srpo_core.optim import (
     Average,
@@ -98,9 +98,10 @@ class Learner:
         self.attention, self._copy, self._compiler = parts.attention, parts.rollout_copy, parts.compiler
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
         self._keeping: Keeping | None = None
-        if config.model.recompute == "auto" and world.device.type == "cuda":
-            decoder, memory = getattr(self.autoencoder, "module", None), CudaMemory(world.device)
-            self._keeping = keep_what_fits(self.flow.module, self.flow.block_types, decoder, memory)
+        memory = memory_of(world.device) if config.model.recompute == "auto" else None
+        if memory is not None:
+            flow, decoder = self.flow, getattr(self.autoencoder, "module", None)
+            self._keeping = keep_what_fits(flow.module, flow.block_types, decoder, memory, self._common)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.parts = parts_of(self.trained)
         """What this process holds of `trained`, as the optimizer and the average know it."""
@@ -123,6 +124,10 @@ class Learner:
             if not compiled or self.world.size > 1 or not self._compilers(error):
                 raise
         return self._step(number, clock)
+
+    def _common(self, first: int) -> int:
+        """The first block that each process can keep, where some share a picture; see Keeping."""
+        return max(self.world.exchange(first)) if self.world.context > 1 else first
 
     def _is_compiled(self) -> bool:
         return self._compiler is not None and not self._compiler.stopped

@@ -135,6 +135,38 @@ def shares_tokens(folder: Path, strategy: str) -> None:
     compare(ours, single(folder / "theirs", world.parts, **family))
 
 
+class Unlike:
+    """Memory of a device that has room for everything, or for nothing."""
+
+    def __init__(self, room: int) -> None:
+        self.free = room
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 0
+
+    def room(self) -> int:
+        return self.free
+
+
+def keeps_the_same_blocks(folder: Path, world: World) -> None:
+    """Processes that share a picture keep what fits the fullest of them: tokens are traded in what is recomputed."""
+    settings = {"model__family": "tiny:load_even", "model__recompute": "auto"}
+    for fullest in (-1, 1):
+        memory = Unlike(fullest if world.rank else 1)
+        with (
+            mock.patch("torch.accelerator.device_count", return_value=1),
+            mock.patch("srpo_core.learner.memory_of", return_value=memory),
+        ):
+            ours = sharded(folder / f"ours {fullest}", "replicate", parallel={"context": 2}, **settings)
+        compare(ours, single(folder / f"theirs {fullest}", 1, **settings))
+        keeping = ours.learner._keeping
+        assert keeping.first_kept == (2 if fullest < 0 else 0)
+        assert world.exchange(keeping.decoder_kept) == [True, fullest > 0]
+
+
 def keeps_blocks_gathered(folder: Path) -> None:
     """However long blocks stay gathered, and wherever their parts are, the numbers are the same."""
     reached = []
@@ -229,6 +261,7 @@ def main() -> None:
             saves(learns(folder / "full", "shard"), folder / "full" / "saved")
             learns(folder / "lora", "shard", **LORA)
             shares_tokens(folder / "context", "replicate")
+            keeps_the_same_blocks(folder / "kept", world)
             reads_its_part(folder / "flux", world)
             computes_narrowly(folder / "bf16")
             keeps_blocks_gathered(folder)
