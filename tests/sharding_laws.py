@@ -135,6 +135,26 @@ def shares_tokens(folder: Path, strategy: str) -> None:
     compare(ours, single(folder / "theirs", world.parts, **family))
 
 
+def rolls_out_in_parts(folder: Path) -> None:
+    """The copy in fp8 shares each picture's tokens too, and draws what one process's does."""
+    settings = {"model__family": "tiny:load_even", "rollout__precision": "fp8"}
+    with mock.patch("torch.accelerator.device_count", return_value=1):
+        ours = sharded(folder / "ours", "replicate", parallel={"context": 2}, **settings)
+    theirs = single(folder / "theirs", 1, **settings)
+    shapes = []
+    with ours.learner._copy.filled() as flow:
+        flow.module.single_transformer_blocks[0].register_forward_pre_hook(
+            lambda _, args, named: shapes.append(named["hidden_states"].shape), with_kwargs=True
+        )
+    told, wanted = (trainer.learner._rollout(1, 0) for trainer in (ours, theirs))
+    assert {shape[1] for shape in shapes} == {16 // 2}  # 8 x 8 latents in squares of four
+    assert torch.equal(told.noise, wanted.noise)
+    assert (told.clean - wanted.clean).norm() < 1e-3 * wanted.clean.norm()  # rounding to codes may turn at a hair
+    told, wanted = (trainer.learner.step(1, Clock(lambda: None)) for trainer in (ours, theirs))
+    assert abs(told.loss - wanted.loss) <= 1e-3 * abs(wanted.loss)
+    assert abs(told.grad_norm - wanted.grad_norm) <= 1e-2 * wanted.grad_norm
+
+
 class Unlike:
     """Memory of a device that has room for everything, or for nothing."""
 
@@ -262,6 +282,7 @@ def main() -> None:
             learns(folder / "lora", "shard", **LORA)
             shares_tokens(folder / "context", "replicate")
             keeps_the_same_blocks(folder / "kept", world)
+            rolls_out_in_parts(folder / "fp8")
             reads_its_part(folder / "flux", world)
             computes_narrowly(folder / "bf16")
             keeps_blocks_gathered(folder)
