@@ -25,6 +25,7 @@ from srpo_core.metrics import Clock
 from srpo_core.models import load_model
 from srpo_core.parallel import OthersError, World, ends_all
 from srpo_core.sharding import is_part, part_of
+from srpo_core.speed import TOKENS_SHARED
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import Trainer
 
@@ -129,8 +130,9 @@ def shares_tokens(folder: Path, strategy: str) -> None:
     """Two processes that share each picture learn what one does; each pair has pictures of its own."""
     parallel, family = {"context": 2}, {"model__family": "tiny:load_even"}
     with mock.patch("torch.accelerator.device_count", return_value=1):  # on the CPU there is none
-        ours = sharded(folder / "ours", strategy, parallel=parallel, **family)
+        ours = sharded(folder / "ours", strategy, parallel=parallel, model__compile=True, **family)
     world = ours.world
+    assert TOKENS_SHARED in ours.notes  # what can't be compiled runs without
     assert world.exchange(world.part) == [rank // 2 for rank in range(world.size)]
     compare(ours, single(folder / "theirs", world.parts, **family))
 
