@@ -13,6 +13,7 @@ import torch
 from parallel_laws import full, raised, trainer_of
 from safetensors.torch import save_file
 from tiny import tiny_config
+from torch.distributed.tensor import DTensor
 
 from srpo_core import checkpoint
 from srpo_core.assemble import _sharded
@@ -228,12 +229,26 @@ def full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def goes_on(folder: Path, strategy: str, **settings: object) -> None:
-    """A run goes on from a checkpoint of any strategy and number of processes as if it had been its own."""
-    theirs = single(folder / "reference", 1, **settings)
+def moves_to_the_mesh(tensor: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    """DTensor.from_local as it is where the mesh is of GPUs and the tensor on the host."""
+    return FROM_LOCAL(tensor.clone(), *args, **options)
+
+
+FROM_LOCAL = DTensor.from_local
+
+
+@mock.patch.object(DTensor, "from_local", moves_to_the_mesh)
+def goes_on(folder: Path, strategy: str, **parallel: object) -> None:
+    """A run goes on from a checkpoint of any strategy and number of processes as if it had been its own.
+
+    What it saves and reads stays where it is, as parallel.offload wants it.
+    """
+    theirs = single(folder / "reference", 1)
     theirs.learner.restore(folder)
-    ours = sharded(folder / strategy, strategy, **settings)
+    ours = sharded(folder / strategy, strategy, parallel=parallel)
     ours.learner.restore(folder)
+    spread, held = ours.learner.tensors()["ema"], ours.learner.average.tensors
+    assert all(part_of(spread[name]).data_ptr() == held[name].data_ptr() for name in held)
     for kind in ("weights", "ema", "optimizer"):
         assert far(ours.learner, theirs.learner, kind) == 0, kind
 
@@ -291,7 +306,7 @@ def main() -> None:
             drops_what_is_not_finite(folder)
             stops_together(folder)
             survives_a_failed_preview(folder)
-            goes_on(checkpoint_folder(folder / "one", 2), "shard")
+            goes_on(checkpoint_folder(folder / "one", 2), "shard", offload=True, processes=2)
         else:
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two machines
             learns(folder / "hybrid", "hybrid")
