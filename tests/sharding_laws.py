@@ -307,11 +307,13 @@ def main() -> None:
             stops_together(folder)
             survives_a_failed_preview(folder)
             goes_on(checkpoint_folder(folder / "one", 2), "shard", offload=True, processes=2)
+            goes_on(checkpoint_folder(folder / "narrow", 2), "shard")
         else:
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two machines
             learns(folder / "hybrid", "hybrid")
             shares_tokens(folder / "context", "shard")
             goes_on(checkpoint_folder(folder / "one", 2), "hybrid")
+            goes_on(checkpoint_folder(folder / "narrow", 2), "hybrid")
     (folder / f"rank-{world.rank}").touch()
 
 
