@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,12 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         return {key: saved.read(key) for key in saved.info}
 
 
+def stream_tensors(folder: Path, name: str, keys: Iterable[str]) -> Iterator[Tensor]:
+    """Some of what `read_tensors` reads, one at a time."""
+    with _readable(folder, name) as saved:
+        yield from map(saved.read, keys)
+
+
 def read_shapes(folder: Path, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shapes and dtypes of what `read_tensors` reads."""
     with _readable(folder, name) as saved:
@@ -130,23 +136,26 @@ def load_weights(folder: Path, module: nn.Module, averaged: bool | None = None) 
 
 
 @torch.no_grad()
-def copy_tensors(folder: Path, name: str, targets: Mapping[str, Tensor], exactly: bool = False) -> None:
-    """Copy a checkpoint's tensors into those of the same names; `exactly`: none may be left out.
+def copy_tensors(
+    folder: Path, name: str, targets: Mapping[str, Tensor], exactly: bool = False, left_out: Collection[str] = ()
+) -> None:
+    """Copy a checkpoint's tensors, but those `left_out`, into those of the same names; `exactly`: each has to be there.
 
     Of tensors that are spread over processes each reads its part alone.
     """
     with _readable(folder, name) as saved:
-        problems = [f"{key} {list(i.shape)}" for key, i in saved.info.items() if _shape(targets, key) != i.shape]
-        problems += [f"{key} is missing" for key in targets if exactly and key not in saved.info]
+        info = {key: each for key, each in saved.info.items() if key not in left_out}
+        problems = [f"{key} {list(i.shape)}" for key, i in info.items() if _shape(targets, key) != i.shape]
+        problems += [f"{key} is missing" for key in targets if exactly and key not in info]
         if problems:
             raise TrainingError(
                 f"{saved.path} doesn't fit the model ({len(problems)} tensors, such as {problems[0]});"
                 " check model.family, model.path and the lora settings"
             )
-        for key in saved.info:
+        for key in info:
             if not is_part(targets[key]):
                 targets[key].copy_(saved.read(key))  # one at a time
-        saved.read_into({key: targets[key] for key in saved.info if is_part(targets[key])})
+        saved.read_into({key: targets[key] for key in info if is_part(targets[key])})
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:

@@ -150,13 +150,17 @@ def expected_phases(config: RunConfig, footprint: Footprint, work: Work, rate: f
 
 def _share(config: RunConfig, kind: str) -> float:
     """Of the rate of a matrix product, in the model's passes."""
-    return SHARE.get(kind, 0.4) / (COMPILED if config.model.compile and kind == "cuda" else 1.0)
+    return SHARE.get(kind, 0.4) / (COMPILED if _compiled(config, kind) else 1.0)
+
+
+def _compiled(config: RunConfig, kind: str) -> bool:
+    return config.model.compile and config.parallel.context == 1 and kind == "cuda"
 
 
 def _starting(config: RunConfig, footprint: Footprint, work: Work, kind: str) -> float:
     """Seconds to start a forward pass's operations; few are left of compiled blocks."""
     seconds = work.blocks * BLOCK_SECONDS + footprint.layers * LAYER_SECONDS if kind != "cpu" else 0.0
-    return 0.0 if config.model.compile and kind == "cuda" else seconds
+    return 0.0 if _compiled(config, kind) else seconds
 
 
 def _forward(config: RunConfig, footprint: Footprint, work: Work, rate: float, kind: str, pictures: int) -> float:

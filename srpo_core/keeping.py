@@ -56,6 +56,11 @@ class CudaMemory:
         return round((1 - MARGIN) * reach) - self.allocated()
 
 
+def memory_of(device: torch.device) -> Memory | None:
+    """A device's memory; None where it isn't told what is free."""
+    return CudaMemory(device) if device.type == "cuda" else None
+
+
 def recompute_blocks(block: nn.Module, *args: Any) -> Any:
     """Keep a block's input only, or those of its pieces where it has some (`pieces_of`)."""
     return _one_by_one(lambda piece, *inputs: checkpoint(piece, *inputs, **OPTIONS), block, *args)
@@ -93,10 +98,15 @@ class Keeping:
     What they take is learned in the first pass, which recomputes everything. The decoder is kept first, as it costs
     least for the time it saves, then the model's last blocks: the backward pass is done with them before most gradients
     are there. What the decoder and the rewards take at their peak is left free.
+
+    Where processes trade tokens inside a block, one that recomputes it waits for the others to do so too: `common`
+    makes of each one's first block that fits the one that all keep from.
     """
 
-    def __init__(self, memory: Memory, blocks: Sequence[nn.Module]) -> None:
-        self.memory = memory
+    def __init__(
+        self, memory: Memory, blocks: Sequence[nn.Module], common: Callable[[int], int] = lambda first: first
+    ) -> None:
+        self.memory, self._common = memory, common
         self.index = {block: i for i, block in enumerate(blocks)}
         self.first_kept = len(blocks)
         """The blocks from this one on are kept."""
@@ -123,6 +133,7 @@ class Keeping:
         if place == 0:
             self._size = args[0].numel()
             self._decide()
+            self.first_kept = self._common(self.first_kept)
         if place is not None and place >= self.first_kept:
             return block(*args)
         out = checkpoint(self._measured, block, *args, **OPTIONS)
@@ -187,10 +198,14 @@ class Keeping:
 
 
 def keep_what_fits(
-    module: nn.Module, block_types: tuple[type[nn.Module], ...], decoder: nn.Module | None, memory: Memory
+    module: nn.Module,
+    block_types: tuple[type[nn.Module], ...],
+    decoder: nn.Module | None,
+    memory: Memory,
+    common: Callable[[int], int] = lambda first: first,
 ) -> Keeping:
     """Have a model and an autoencoder of diffusers keep what fits; parts of other libraries stay as they are."""
-    keeping = Keeping(memory, [part for part in module.modules() if isinstance(part, block_types)])
+    keeping = Keeping(memory, [part for part in module.modules() if isinstance(part, block_types)], common)
     if hasattr(module, "enable_gradient_checkpointing"):
         module.enable_gradient_checkpointing(keeping.block)
     if hasattr(decoder, "enable_gradient_checkpointing"):

@@ -14,14 +14,15 @@ from torch.utils.checkpoint import CheckpointError
 
 from srpo_core.align import AlignStep, direct_align, sample_align_steps
 from srpo_core.attention import Attention
-from srpo_core.checkpoint import copy_tensors, read_shapes
+from srpo_core.checkpoint import copy_tensors, read_shapes, stream_tensors
+from srpo_core.compact_adamw import CODES, decoded
 from srpo_core.compiling import Compiler, reason_of
 from srpo_core.config import RunConfig
 from srpo_core.errors import TrainingError, blamed_on
 from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
-from srpo_core.keeping import CudaMemory, Keeping, keep_what_fits
+from srpo_core.keeping import Keeping, keep_what_fits, memory_of
 from srpo_core.metrics import Clock, StepMetrics, over_processes
 from srpo_core.optim import (
     Average,
@@ -46,6 +47,7 @@ from srpo_core.sharding import (
     like,
     part_of,
     parts_of,
+    put_whole,
     settle,
     sum_over_machines,
     whole_norm,
@@ -98,9 +100,10 @@ class Learner:
         self.attention, self._copy, self._compiler = parts.attention, parts.rollout_copy, parts.compiler
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
         self._keeping: Keeping | None = None
-        if config.model.recompute == "auto" and world.device.type == "cuda":
-            decoder, memory = getattr(self.autoencoder, "module", None), CudaMemory(world.device)
-            self._keeping = keep_what_fits(self.flow.module, self.flow.block_types, decoder, memory)
+        memory = memory_of(world.device) if config.model.recompute == "auto" else None
+        if memory is not None:
+            flow, decoder = self.flow, getattr(self.autoencoder, "module", None)
+            self._keeping = keep_what_fits(flow.module, flow.block_types, decoder, memory, self._common)
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.parts = parts_of(self.trained)
         """What this process holds of `trained`, as the optimizer and the average know it."""
@@ -123,6 +126,10 @@ class Learner:
             if not compiled or self.world.size > 1 or not self._compilers(error):
                 raise
         return self._step(number, clock)
+
+    def _common(self, first: int) -> int:
+        """The first block that each process can keep, where some share a picture; see Keeping."""
+        return max(self.world.exchange(first)) if self.world.context > 1 else first
 
     def _is_compiled(self) -> bool:
         return self._compiler is not None and not self._compiler.stopped
@@ -323,9 +330,22 @@ class Learner:
         copy_tensors(folder, "weights", self.trained, exactly=True)
         if self.average is not None:
             copy_tensors(folder, "ema", self._spread(self.average.tensors), exactly=True)
-        states = {name: self._room(name, *each) for name, each in read_shapes(folder, "optimizer").items()}
-        copy_tensors(folder, "optimizer", states)
-        load_optimizer_tensors(self.optimizer, self.parts, {name: part_of(state) for name, state in states.items()})
+        load_optimizer_tensors(self.optimizer, self.parts, self._states(folder))
+
+    def _states(self, folder: Path) -> dict[str, Tensor]:
+        """A checkpoint's states `<parameter>/<state>` of the optimizer; of parameters in parts, this process's part."""
+        shapes = read_shapes(folder, "optimizer")
+        coded = [name for name in self.trained if is_part(self.trained[name]) and f"{name}/{CODES[0]}" in shapes]
+        left_out = dict.fromkeys(f"{name}/{key}" for name in coded for key in CODES)
+        states = {name: self._room(name, *each) for name, each in shapes.items() if name not in left_out}
+        copy_tensors(folder, "optimizer", states, left_out=left_out)
+        whole = stream_tensors(folder, "optimizer", left_out)
+        for name in coded:  # their blocks are not cut where parts are
+            held = {key: next(whole).to(self.world.device) for key in CODES}
+            for key, moment in decoded(held, self.trained[name].shape).items():
+                states[f"{name}/{key}"] = self._room(f"{name}/{key}", moment.shape, moment.dtype)
+                put_whole(states[f"{name}/{key}"], moment)
+        return {name: part_of(state) for name, state in states.items()}
 
     def _room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for a state `<parameter>/<state>` of the optimizer; of a parameter in parts, for this process's part."""

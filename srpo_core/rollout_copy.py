@@ -62,12 +62,15 @@ class RolloutCopy:
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """A tree of modules of its own with the same parameters and buffers; not compiled."""
+    """A tree of modules of its own with the same parameters and buffers, and hooks of diffusers; not compiled."""
     twin = module.__class__.__new__(module.__class__)
     own = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in vars(module).items()}
-    own.pop("forward", None)  # what was compiled belongs to the other one
+    own.pop("forward", None)  # what was compiled or hooked on belongs to the other one
+    hooks = own.pop("_diffusers_hook", None)
     own["_modules"] = {name: child and shared_copy(child) for name, child in module._modules.items()}
     vars(twin).update(own)
+    for name, hook in hooks.hooks.items() if hooks is not None else ():  # such as those that share a picture's tokens
+        type(hooks).check_if_exists_or_initialize(twin).register_hook(copy.copy(hook), name)
     return twin
 
 

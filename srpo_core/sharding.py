@@ -97,15 +97,18 @@ def hand_over_gradients(parameters: Parameters, parts: Parameters) -> None:
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A process's part of something of a parameter's shape, as a tensor spread as the parameter is."""
-    from torch.distributed.tensor import DTensor
+    """A process's part of something of a parameter's shape, as a tensor spread as the parameter is.
 
+    In the same memory, be it the host's where parameters are gathered on a GPU: DTensor.from_local would move it there.
+    """
     if not is_part(parameter) or tensor.ndim == 0:
         return tensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(
-        tensor, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(parameter.shape, parameter.stride(), tensor.dtype)
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+    return DTensor(tensor.detach(), spec, requires_grad=False)
 
 
 def whole_norm(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:

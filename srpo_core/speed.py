@@ -12,6 +12,11 @@ from srpo_core.config import RunConfig
 from srpo_core.learner import Parts
 from srpo_core.rollout_copy import RolloutCopy
 
+TOKENS_SHARED = (
+    "model.compile=true with parallel.context above 1: the compiler can't take blocks that share a picture's tokens,"
+    " so they run without"
+)
+
 
 def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Callable[[str], None]) -> list[str]:
     """Attention kernels, compiled blocks and the copy for rollouts, as the run's settings ask for them.
@@ -31,7 +36,9 @@ def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Call
         flow.attention = parts.attention
         notes += [told] if told else []
     compiler = None
-    if config.model.compile:
+    if config.model.compile and config.parallel.context > 1:
+        notes.append(TOKENS_SHARED)
+    elif config.model.compile:
         compiler = make_compiler(device, report, one_shape=config.data.photos is None or not config.data.bucket_step)
         if compiler is not None:
             compiler.blocks(flow.module, flow.block_types)

@@ -13,6 +13,7 @@ import torch
 from parallel_laws import full, raised, trainer_of
 from safetensors.torch import save_file
 from tiny import tiny_config
+from torch.distributed.tensor import DTensor
 
 from srpo_core import checkpoint
 from srpo_core.assemble import _sharded
@@ -25,6 +26,7 @@ from srpo_core.metrics import Clock
 from srpo_core.models import load_model
 from srpo_core.parallel import OthersError, World, ends_all
 from srpo_core.sharding import is_part, part_of
+from srpo_core.speed import TOKENS_SHARED
 from srpo_core.stopping import StopRequested
 from srpo_core.trainer import Trainer
 
@@ -129,10 +131,63 @@ def shares_tokens(folder: Path, strategy: str) -> None:
     """Two processes that share each picture learn what one does; each pair has pictures of its own."""
     parallel, family = {"context": 2}, {"model__family": "tiny:load_even"}
     with mock.patch("torch.accelerator.device_count", return_value=1):  # on the CPU there is none
-        ours = sharded(folder / "ours", strategy, parallel=parallel, **family)
+        ours = sharded(folder / "ours", strategy, parallel=parallel, model__compile=True, **family)
     world = ours.world
+    assert TOKENS_SHARED in ours.notes  # what can't be compiled runs without
     assert world.exchange(world.part) == [rank // 2 for rank in range(world.size)]
     compare(ours, single(folder / "theirs", world.parts, **family))
+
+
+def rolls_out_in_parts(folder: Path) -> None:
+    """The copy in fp8 shares each picture's tokens too, and draws what one process's does."""
+    settings = {"model__family": "tiny:load_even", "rollout__precision": "fp8"}
+    with mock.patch("torch.accelerator.device_count", return_value=1):
+        ours = sharded(folder / "ours", "replicate", parallel={"context": 2}, **settings)
+    theirs = single(folder / "theirs", 1, **settings)
+    shapes = []
+    with ours.learner._copy.filled() as flow:
+        flow.module.single_transformer_blocks[0].register_forward_pre_hook(
+            lambda _, args, named: shapes.append(named["hidden_states"].shape), with_kwargs=True
+        )
+    told, wanted = (trainer.learner._rollout(1, 0) for trainer in (ours, theirs))
+    assert {shape[1] for shape in shapes} == {16 // 2}  # 8 x 8 latents in squares of four
+    assert torch.equal(told.noise, wanted.noise)
+    assert (told.clean - wanted.clean).norm() < 1e-3 * wanted.clean.norm()  # rounding to codes may turn at a hair
+    told, wanted = (trainer.learner.step(1, Clock(lambda: None)) for trainer in (ours, theirs))
+    assert abs(told.loss - wanted.loss) <= 1e-3 * abs(wanted.loss)
+    assert abs(told.grad_norm - wanted.grad_norm) <= 1e-2 * wanted.grad_norm
+
+
+class Unlike:
+    """Memory of a device that has room for everything, or for nothing."""
+
+    def __init__(self, room: int) -> None:
+        self.free = room
+
+    def allocated(self) -> int:
+        return 0
+
+    def peak(self) -> int:
+        return 0
+
+    def room(self) -> int:
+        return self.free
+
+
+def keeps_the_same_blocks(folder: Path, world: World) -> None:
+    """Processes that share a picture keep what fits the fullest of them: tokens are traded in what is recomputed."""
+    settings = {"model__family": "tiny:load_even", "model__recompute": "auto"}
+    for fullest in (-1, 1):
+        memory = Unlike(fullest if world.rank else 1)
+        with (
+            mock.patch("torch.accelerator.device_count", return_value=1),
+            mock.patch("srpo_core.learner.memory_of", return_value=memory),
+        ):
+            ours = sharded(folder / f"ours {fullest}", "replicate", parallel={"context": 2}, **settings)
+        compare(ours, single(folder / f"theirs {fullest}", 1, **settings))
+        keeping = ours.learner._keeping
+        assert keeping.first_kept == (2 if fullest < 0 else 0)
+        assert world.exchange(keeping.decoder_kept) == [True, fullest > 0]
 
 
 def keeps_blocks_gathered(folder: Path) -> None:
@@ -174,12 +229,26 @@ def full_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def goes_on(folder: Path, strategy: str, **settings: object) -> None:
-    """A run goes on from a checkpoint of any strategy and number of processes as if it had been its own."""
-    theirs = single(folder / "reference", 1, **settings)
+def moves_to_the_mesh(tensor: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+    """DTensor.from_local as it is where the mesh is of GPUs and the tensor on the host."""
+    return FROM_LOCAL(tensor.clone(), *args, **options)
+
+
+FROM_LOCAL = DTensor.from_local
+
+
+@mock.patch.object(DTensor, "from_local", moves_to_the_mesh)
+def goes_on(folder: Path, strategy: str, **parallel: object) -> None:
+    """A run goes on from a checkpoint of any strategy and number of processes as if it had been its own.
+
+    What it saves and reads stays where it is, as parallel.offload wants it.
+    """
+    theirs = single(folder / "reference", 1)
     theirs.learner.restore(folder)
-    ours = sharded(folder / strategy, strategy, **settings)
+    ours = sharded(folder / strategy, strategy, parallel=parallel)
     ours.learner.restore(folder)
+    spread, held = ours.learner.tensors()["ema"], ours.learner.average.tensors
+    assert all(part_of(spread[name]).data_ptr() == held[name].data_ptr() for name in held)
     for kind in ("weights", "ema", "optimizer"):
         assert far(ours.learner, theirs.learner, kind) == 0, kind
 
@@ -229,18 +298,22 @@ def main() -> None:
             saves(learns(folder / "full", "shard"), folder / "full" / "saved")
             learns(folder / "lora", "shard", **LORA)
             shares_tokens(folder / "context", "replicate")
+            keeps_the_same_blocks(folder / "kept", world)
+            rolls_out_in_parts(folder / "fp8")
             reads_its_part(folder / "flux", world)
             computes_narrowly(folder / "bf16")
             keeps_blocks_gathered(folder)
             drops_what_is_not_finite(folder)
             stops_together(folder)
             survives_a_failed_preview(folder)
-            goes_on(checkpoint_folder(folder / "one", 2), "shard")
+            goes_on(checkpoint_folder(folder / "one", 2), "shard", offload=True, processes=2)
+            goes_on(checkpoint_folder(folder / "narrow", 2), "shard")
         else:
             os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two machines
             learns(folder / "hybrid", "hybrid")
             shares_tokens(folder / "context", "shard")
             goes_on(checkpoint_folder(folder / "one", 2), "hybrid")
+            goes_on(checkpoint_folder(folder / "narrow", 2), "hybrid")
     (folder / f"rank-{world.rank}").touch()
 
 

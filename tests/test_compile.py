@@ -17,10 +17,12 @@ from srpo_core.assemble import assemble
 from srpo_core.compiling import Compiler, make_compiler
 from srpo_core.config import LoraConfig
 from srpo_core.errors import TrainingError
+from srpo_core.learner import Parts
 from srpo_core.lora import add_lora
 from srpo_core.metrics import Clock
 from srpo_core.models.flux import BLOCKS
 from srpo_core.rollout_copy import RolloutCopy
+from srpo_core.speed import TOKENS_SHARED, speed_up
 from srpo_core.weights.compressed import fill_compressed
 
 PROMPTS = encode_text(["a red cat", "a blue dog"])
@@ -188,6 +190,16 @@ def test_devices_that_nothing_is_compiled_for_are_told():
     said = []
     assert make_compiler(torch.device("mps"), said.append) is None
     assert "not on mps" in said[0]
+
+
+def test_blocks_that_share_a_pictures_tokens_are_not_compiled(tmp_path):
+    """The compiler refuses the trade of tokens, and only in the first backward pass."""
+    flow, said = tiny_flow(), []
+    config = tiny_config(tmp_path, model__compile=True, parallel={"context": 2}, rollout__precision="fp8")
+    parts = Parts(flow, None, (), None, None, PROMPTS)
+    notes = speed_up(config, parts, torch.device("cpu"), said.append)
+    assert TOKENS_SHARED in notes and compiling.WARNING not in notes and not said
+    assert parts.compiler is None and not any("forward" in vars(block) for block in flow.module.modules())
 
 
 def test_a_run_is_compiled_and_says_so(tmp_path, monkeypatch):

@@ -150,6 +150,19 @@ def test_the_pace_of_the_bench_is_predicted(shapes, full_size):
         assert pace.step == pytest.approx(measured, rel=0.25), name
 
 
+def test_only_what_is_compiled_is_faster_for_it(shapes, full_size):
+    """Blocks that share a picture's tokens are not."""
+
+    def seconds(*settings: str) -> float:
+        config = preset("flux-dev-lora", *settings)
+        work = count_work(config, full_size)
+        return expected_pace(config, footprint_of(config, shapes.flow), work, 6e14, "cuda").step
+
+    assert seconds("model.compile=true") < seconds("model.compile=false")
+    shared = "parallel.context=2"
+    assert seconds("model.compile=true", shared) == seconds("model.compile=false", shared)
+
+
 def test_weights_are_counted_by_hand(shapes):
     """All but activations, which are small for the smallest picture, copies in bfloat16 and workspace."""
     config = preset("flux-dev-lora", "optim.accumulation=1", "data.height=16", "data.width=16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from tiny import encode_text, tiny_config, tiny_flow
 from torch import nn
 from torch.nn.utils import parametrize
@@ -90,6 +91,19 @@ def test_a_tree_of_its_own_shares_every_tensor():
     assert "forward" not in vars(twin.transformer_blocks[0])
     twin.time_text_embed.register_forward_pre_hook(lambda *_: None)
     assert not flow.module.time_text_embed._forward_pre_hooks
+
+
+def test_the_copy_has_the_hooks_of_diffusers_around_its_own_layers():
+    class Doubles(ModelHook):
+        def post_forward(self, module, output):
+            return output * 2
+
+    layer = nn.Sequential(nn.Linear(2, 2))
+    HookRegistry.check_if_exists_or_initialize(layer).register_hook(Doubles(), "doubles")
+    twin, inputs = shared_copy(layer), torch.randn(3, 2)
+    assert torch.equal(twin(inputs), layer(inputs))
+    twin[0] = nn.Identity()
+    assert torch.equal(twin(inputs), inputs * 2) and not torch.equal(layer(inputs), inputs * 2)
 
 
 def test_the_copy_is_near_the_model_and_holds_nothing_afterwards():

@@ -21,8 +21,9 @@ from toy_run import SETTINGS
 
 from srpo_core import launch
 from srpo_core.assemble import assemble
-from srpo_core.checkpoint import checkpoint_folder, latest, read_tensors
+from srpo_core.checkpoint import checkpoint_folder, latest, read_shapes, read_tensors
 from srpo_core.checks import check_sharing
+from srpo_core.compact_adamw import CODES
 from srpo_core.config import ConfigError, ParallelConfig
 from srpo_core.devices import training_world
 from srpo_core.export import export_run
@@ -37,8 +38,11 @@ SHARDED = {"device": "cpu", "processes": 2, "strategy": "shard"}
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_what_processes_with_parts_of_a_model_can_rely_on(tmp_path, processes):
-    """4 are 2 on each of two machines; both go on with what one process began."""
-    assemble(tiny_config(tmp_path / "one", **STEPS | {"optim__steps": 2})).train()
+    """4 are 2 on each of two machines; both go on with what one process began, be it with moments in 8 bits."""
+    narrow = {"model__dtype": "bfloat16", "model__trained_memory": "bfloat16", "optim__states": "8bit"}
+    for name, more in (("one", {}), ("narrow", narrow)):
+        assemble(tiny_config(tmp_path / name, **STEPS | {"optim__steps": 2} | more)).train()
+    assert any(name.endswith(CODES[0]) for name in read_shapes(checkpoint_folder(tmp_path / "narrow", 2), "optimizer"))
     save_flux(tmp_path / "flux")
     lora_file(tmp_path / "flux" / "lora.safetensors", tmp_path / "flux")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
