@@ -41,7 +41,7 @@ ROWS = {
         "parallel.gathered=step model.compile=true model.recompute=auto"
     ),
     "the same, 12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
-    "two share a picture": "parallel.context=2 parallel.gathered=step",
+    "two share a picture of 704 x 720": "parallel.context=2 parallel.gathered=step data.width=704",
 }
 """By name: settings on top of the recipe and of SHARDED; one GPU has no use for those of parallel."""
 WARM_UP, MEASURED = 2, 3
