@@ -168,18 +168,17 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     still += _frozen_bytes(config, footprint, shapes) // parts + _gathered(config, shapes, parts)
     here = 0 if config.parallel.offload else footprint.trained / parts  # or else on the host
     trained, gradients = round(here * footprint.held(config)), round(here * footprint.held_while_training(config))
-    rolled_out = trained + (gradients if config.optim.accumulation > 1 else 0)
     size, copied = (data.height, data.width), _copy(config, footprint, shapes)
     together = min(config.rollout.at_once, config.optim.accumulation)
     drawing = max(_forward(config, footprint, shapes, size), _decoding(config, shapes, size, False))
     phases = {
         "encoding prompts": _text_bytes(config, shapes),
-        "rollout": still + rolled_out + copied + _forward(config, footprint, shapes, size, together),
+        "rollout": still + trained + copied + _forward(config, footprint, shapes, size, together),
         "gradient step": still + trained + gradients + _backward(config, footprint, shapes, size),
         "previews": still + trained + drawing,
     }
     if data.photos is not None:
-        phases["reading photos"] = still + rolled_out + _decoding(config, shapes, size, False)
+        phases["reading photos"] = still + trained + _decoding(config, shapes, size, False)
     several = config.parallel.processes * config.parallel.nodes > 1
     return Estimate(phases, CONTEXT + (SEVERAL if several else 0))
 

@@ -268,6 +268,15 @@ def test_larger_pictures_fit_a_card_of_24_gb_too():
     assert plan_cards(config, Cards(gib=24)).needed.peak < 22 * 2**30
 
 
+def test_the_quickest_step_of_all_weights_fits_a_card_of_80_gb():
+    """As the README types it: all rollouts of a step come before its first gradient, so its copy in fp8 has room."""
+    settings = ["rollout.precision=fp8", "rollout.calls=12", "reward.dtype=bfloat16", "parallel.device=cpu"]
+    plan = plan_cards(load_run("flux-dev", settings), Cards(gib=80))
+    assert plan.fits and not plan.advice
+    one = plan_cards(load_run("flux-dev", [*settings, "optim.accumulation=1"]), Cards(gib=80))
+    assert plan.needed.phases["rollout"] - one.needed.phases["rollout"] < 2**29
+
+
 def test_rollouts_in_fp8_cost_a_base_in_fp8_nothing_but_its_lora():
     def peak(*settings):
         config = load_run("flux-dev-lora-24gb", ["parallel.device=cpu", "model.frozen_memory=fp8", *settings])
