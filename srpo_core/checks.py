@@ -73,12 +73,16 @@ class Footprint:
 
     def least_bytes(self, config: RunConfig) -> int:
         """Memory of a GPU for weights, gradients and optimizer: more is needed, less can't be."""
-        if config.parallel.offload:
-            return 0
         number = 2 if config.model.dtype == "bfloat16" else 4
-        frozen = FROZEN_BYTES.get(config.model.frozen_memory, number)  # nearly all of them are matrices
-        whole = self.trained * (self.held(config) + self.held_while_training(config)) + self.frozen * frozen
-        return round(whole / shards(config.parallel))
+        each = FROZEN_BYTES.get(config.model.frozen_memory, number)  # nearly all of them are matrices
+        frozen = 0 if config.parallel.offload else self.frozen * each / shards(config.parallel)
+        return round(self.trained_here(config) * (self.held(config) + self.held_while_training(config)) + frozen)
+
+    def trained_here(self, config: RunConfig) -> float:
+        """Trained parameters on a process's device: its part of them, or all of a LoRA beside a model in parts."""
+        if config.lora.rank:
+            return self.trained
+        return 0 if config.parallel.offload else self.trained / shards(config.parallel)
 
     def held(self, config: RunConfig) -> float:
         """Bytes on the device for each trained number, all the time: the weight, its moments, its average."""

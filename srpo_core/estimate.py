@@ -169,8 +169,8 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     model, data, footprint = config.model, config.data, footprint_of(config, shapes.flow)
     number, parts = NARROW if model.dtype == "bfloat16" else 4, shards(config.parallel)
     still = WORKSPACE + number * shapes.autoencoder + _reward_bytes(config, shapes)
-    still += _frozen_bytes(config, footprint, shapes) // parts
-    here = 0 if config.parallel.offload else footprint.trained / parts  # or else on the host
+    still += 0 if config.parallel.offload else _frozen_bytes(config, footprint, shapes) // parts  # or on the host
+    here = footprint.trained_here(config)
     trained, gradients = round(here * footprint.held(config)), round(here * footprint.held_while_training(config))
     size, copied = (data.height, data.width), _copy(config, footprint, shapes)
     together = min(config.rollout.at_once, config.optim.accumulation)
@@ -231,9 +231,8 @@ def _text_bytes(config: RunConfig, shapes: Shapes) -> int:
 
 def _narrow_copies(config: RunConfig, footprint: Footprint) -> int:
     """Trained weights in bfloat16 beside those in float32, as long as a forward pass lasts."""
-    cast = (
-        config.model.dtype == "bfloat16" and config.model.trained_memory == "float32" and shards(config.parallel) == 1
-    )
+    whole = bool(config.lora.rank) or shards(config.parallel) == 1
+    cast = whole and config.model.dtype == "bfloat16" and config.model.trained_memory == "float32"
     return NARROW * footprint.trained if cast else 0
 
 

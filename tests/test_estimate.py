@@ -173,6 +173,25 @@ def test_a_steps_micro_batches_wait_on_the_card(shapes):
     assert most.phases["gradient step"] - more.phases["gradient step"] == 2 * each  # and the next step's, at its end
 
 
+def test_a_lora_beside_a_model_in_parts_is_whole_on_every_card(shapes):
+    """Parts on the host are the frozen model's alone."""
+
+    def counted(*settings: str) -> tuple[int, int]:
+        config = preset("flux-dev-lora", *settings)
+        return estimate(config, shapes).phases["gradient step"], footprint_of(config, shapes.flow).least_bytes(config)
+
+    lora, frozen = 130_744_320, 2 * 11_901_408_320
+    alone, least = counted("parallel.processes=2")
+    assert least == frozen + 16 * lora
+    two = ["parallel.processes=2", "parallel.strategy=shard"]
+    shared, fewer = counted(*two)
+    assert least - fewer == frozen // 2
+    host, fewest = counted(*two, "parallel.offload=true")
+    assert fewer - fewest == shared - host == frozen // 2
+    more, _ = counted("parallel.processes=8", "parallel.strategy=shard")
+    assert shared - more == pytest.approx(frozen * (1 / 2 - 1 / 8), abs=1) and shared < alone
+
+
 def test_what_stays_gathered_for_rollouts_is_let_go_for_the_gradient_step(shapes):
     def phases(gathered: str) -> dict[str, int]:
         sharded = ["parallel.strategy=shard", "parallel.processes=8", f"parallel.gathered={gathered}"]
