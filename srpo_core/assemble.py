@@ -93,7 +93,7 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
     parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
     parts.notes = [*notes, *speed_up(config, parts, world.device, display.warn)]
-    parts.less_memory = functools.partial(memory_advice, config, components)
+    parts.less_memory = functools.partial(memory_advice, config, components, world.device)
     parts.trained_on = _digest(ready.prompts, inputs.photos)
     return Trainer(session, parts)
 

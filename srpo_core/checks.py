@@ -210,17 +210,20 @@ def _fewer_bits(config: RunConfig, footprint: Footprint, total: int) -> str:
     return f"hold them in fewer bits ({settings}: {least / 2**30:.1f} GiB), or train a LoRA (lora.rank=16)"
 
 
+def narrowed(config: RunConfig) -> dict[str, object]:
+    """Settings by their names with sections, that have other values than WHOLE says."""
+    values = {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in WHOLE}
+    return {name: value for name, value in values.items() if value != WHOLE[name]}
+
+
 def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:
     """ConfigError if settings of several processes don't go together, or with the model and the sizes of pictures."""
     parallel = config.parallel
-    for name, needed in WHOLE.items() if parallel.strategy != "replicate" else ():
-        section, _, key = name.partition(".")
-        value = getattr(getattr(config, section), key)
-        if value != needed:
-            raise ConfigError(
-                f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
-                f" {name}={needed} or parallel.strategy=replicate"
-            )
+    for name, value in narrowed(config).items() if parallel.strategy != "replicate" else ():
+        raise ConfigError(
+            f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
+            f" {name}={WHOLE[name]} or parallel.strategy=replicate"
+        )
     lonely = not is_sharded(parallel)
     stays = parallel.gathered != "layer" and parallel.strategy == "replicate"  # one process alone has gathered all
     for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays)):

@@ -187,8 +187,12 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     }
     if data.photos is not None:
         phases["reading photos"] = without + _decoding(config, shapes, size, False)
-    several = config.parallel.processes * config.parallel.nodes > 1
-    return Estimate(phases, CONTEXT + (SEVERAL if several else 0))
+    return Estimate(phases, beside(config))
+
+
+def beside(config: RunConfig) -> int:
+    """Bytes that CUDA and its libraries take in each of the run's processes."""
+    return CONTEXT + (SEVERAL if config.parallel.processes * config.parallel.nodes > 1 else 0)
 
 
 def _micro_batches(config: RunConfig, shapes: Shapes, size: Size) -> int:
