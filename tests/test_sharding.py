@@ -22,9 +22,9 @@ from toy_run import SETTINGS
 from srpo_core import launch
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import checkpoint_folder, latest, read_tensors
-from srpo_core.checks import check_sharing
+from srpo_core.checks import Footprint, check_sharing
 from srpo_core.config import ConfigError, ParallelConfig
-from srpo_core.devices import training_world
+from srpo_core.devices import as_launched, training_world
 from srpo_core.export import export_run
 from srpo_core.metrics import read_metrics
 from srpo_core.models import load_model
@@ -142,6 +142,66 @@ def test_groups_that_processes_cannot_form(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"parallel\.context=2 with 3 processes"):
         training_world(ParallelConfig(device="cpu", context=2))
+
+
+LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("told", "settings"),
+    [
+        ({}, {"processes": 1}),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}, {"processes": 1}),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "RANK": "3", "GROUP_RANK": "0"}, {"processes": 8}),
+        ({"WORLD_SIZE": "8", "RANK": "3"}, {"processes": 8}),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "GROUP_RANK": "1", "MASTER_ADDR": "first",
+             "MASTER_PORT": "29511"},
+            {"processes": 4, "nodes": 2, "node_rank": 1, "rendezvous": "first:29511"},
+        ),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "7"}, {"processes": 4, "nodes": 2, "node_rank": 1}),
+    ],
+)  # fmt: skip
+def test_processes_that_a_launcher_started_are_the_runs(tmp_path, monkeypatch, told, settings):
+    """Whatever the description says of their number: checks and the record go by what is there."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    parallel = ParallelConfig(device="cpu", strategy="shard")
+    config = as_launched(tiny_config(tmp_path, parallel=parallel.model_dump()))
+    assert config.parallel == parallel.model_copy(update=settings)
+    count = settings["processes"] * settings.get("nodes", 1)
+    assert Footprint(16, 0, 0).least_bytes(config) == 16 * 16 / count
+    named = {"nodes": 3, "processes": 2, "rendezvous": "here:1"}
+    if told.get("WORLD_SIZE", "1") == "1":  # those are still to be started
+        assert as_launched(tiny_config(tmp_path, parallel=named)).parallel == ParallelConfig(**named)
+    else:
+        assert as_launched(tiny_config(tmp_path, parallel=named)).parallel.rendezvous == "here:1"
+
+
+def test_a_number_of_processes_that_is_none_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for local, told in (("many", r"LOCAL_WORLD_SIZE='many'"), ("0", r"LOCAL_WORLD_SIZE=0, WORLD_SIZE=8")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        with pytest.raises(ConfigError, match=told):
+            as_launched(tiny_config(tmp_path))
+
+
+def test_a_run_in_parts_may_be_started_by_hand(tmp_path):
+    """Of a description that says nothing of its processes; its record does, and so may go on by itself."""
+    folder, description = tmp_path / "run", tmp_path / "run.json"
+    parts = {"device": "cpu", "strategy": "shard", "gathered": "step"}
+    description.write_text(tiny_config(folder, **SETTINGS, optim__steps=1, parallel=parts).model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(launch.MAIN),
+         "train", str(description)],
+        env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    recorded = json.loads((folder / "run.json").read_text())["parallel"]
+    assert (recorded["processes"], recorded["nodes"]) == (2, 1)
+    assert read_state(folder).status == "finished"
 
 
 @pytest.mark.parametrize(
