@@ -17,6 +17,7 @@ from sharding_laws import STEPS
 from test_launch_several import gone, ranks_of
 from test_parallel import ENVIRONMENT, TESTS, train
 from tiny import tiny_config, tiny_flow
+from tiny_flux import tiny_transformer
 from toy_run import SETTINGS
 
 from srpo_core import launch
@@ -28,6 +29,8 @@ from srpo_core.devices import as_launched, training_world
 from srpo_core.export import export_run
 from srpo_core.metrics import read_metrics
 from srpo_core.models import load_model
+from srpo_core.models.flux import FluxFlow
+from srpo_core.models.flux_context import nearest_size
 from srpo_core.run_state import read_state
 from srpo_core.sharded_checkpoint import open_saved
 from srpo_core.weights.tensors import WeightsError
@@ -142,6 +145,22 @@ def test_groups_that_processes_cannot_form(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"parallel\.context=2 with 3 processes"):
         training_world(ParallelConfig(device="cpu", context=2))
+
+
+def test_a_size_whose_tokens_can_be_shared_is_named():
+    """Of the sizes around it the one nearest to it in its shape, and it works."""
+    flow = FluxFlow(tiny_transformer())
+    step = 2 * flow.downscale
+    for context, size, nearest in ((2, (45, 45), (44, 44)), (2, (45, 43), (46, 44)), (2, (1, 1), (2, 2))):
+        wide, there = (tuple(step * side for side in one) for one in (size, nearest))
+        with pytest.raises(ConfigError, match=f"the nearest that can be shared is {there[1]} x {there[0]}$"):
+            flow.check_context(context, [wide])
+        flow.check_context(context, [there])
+    for context in (2, 3, 4, 8):
+        for rows, columns in ((45, 45), (7, 5), (1, 3), (64, 43)):
+            near = nearest_size(rows, columns, context)
+            assert near[0] * near[1] % context == 0
+            assert max(abs(near[0] - rows), abs(near[1] - columns)) < context
 
 
 LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
