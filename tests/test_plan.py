@@ -294,6 +294,15 @@ def test_several_cards_take_what_one_takes_and_their_connections():
     assert two.peak == one.peak and two.on_card > one.on_card
 
 
+@pytest.mark.parametrize(
+    ("strategy", "count", "said"), [("shard", 8, True), ("shard", 1, False), ("replicate", 8, False)]
+)
+def test_traffic_that_no_forecast_counts_is_said(strategy, count, said):
+    config = load_run("flux-dev-exact", ["parallel.device=cpu", f"parallel.strategy={strategy}"])
+    rows = [text for _, text in plan_cards(config, Cards(gib=80, count=count, tflops=800)).rows()]
+    assert any("traffic between GPUs" in text for text in rows) == said
+
+
 def test_a_run_with_files_is_planned_by_their_headers(files, capsys, tmp_path):
     by_files, published = (
         planned(capsys, "flux-dev-lora", *words, "parallel.device=cpu", "--card-gb", "48") for words in (files, [])
