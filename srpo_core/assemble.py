@@ -15,7 +15,7 @@ from torch import nn
 from srpo_core.buckets import batch_order
 from srpo_core.checks import Ready, check_run, size_notes
 from srpo_core.config import RunConfig
-from srpo_core.devices import make_world, training_world
+from srpo_core.devices import as_launched, make_world, training_world
 from srpo_core.embeddings import BATCH_SIZE, StoredPrompts, embedding_cache, encode
 from srpo_core.errors import enough_memory
 from srpo_core.fitting import memory_advice
@@ -44,9 +44,10 @@ from srpo_core.weights.lora_names import Lora
 def train_run(config: RunConfig, resume: bool = False) -> Outcome:
     """A run from its description to its end; with `resume`, from its newest checkpoint. See Session.run.
 
-    It is this process's part of one, if torchrun started several. A request to stop is heeded once every check without
-    weights has passed.
+    It is this process's part of one, if a launcher started several, whatever number the description says. A request to
+    stop is heeded once every check without weights has passed.
     """
+    config = as_launched(config)
     world = training_world(config.parallel)
     session, ready = Session(config, world), None
     at_once = contextlib.nullcontext  # several talk to each other meanwhile
@@ -93,7 +94,7 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
     parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
     parts.notes = [*notes, *speed_up(config, parts, world.device, display.warn)]
-    parts.less_memory = functools.partial(memory_advice, config, components)
+    parts.less_memory = functools.partial(memory_advice, config, components, world.device)
     parts.trained_on = _digest(ready.prompts, inputs.photos)
     return Trainer(session, parts)
 

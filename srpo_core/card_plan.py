@@ -16,6 +16,7 @@ from srpo_core.files import size_text
 from srpo_core.fitting import what_would_fit, with_changes
 from srpo_core.interfaces import Components
 from srpo_core.models import load_model, published_shapes
+from srpo_core.sharding import is_sharded
 from srpo_core.time_words import duration_text
 
 USABLE = 0.98
@@ -76,6 +77,8 @@ class CardPlan:
             total = sum(self.seconds.values())
             steps = self.config.optim.steps
             yield "", f"{duration_text(total)} a step, {duration_text(steps * total)} for {steps} of them"
+            if is_sharded(parallel):
+                yield "", "the traffic between GPUs, which gather parts of the model, comes on top"
         else:
             yield "time", "--tflops says what the card does in bfloat16 (dense): 165 a 4090, 312 an A100, 800 an H100"
 

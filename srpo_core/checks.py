@@ -73,12 +73,16 @@ class Footprint:
 
     def least_bytes(self, config: RunConfig) -> int:
         """Memory of a GPU for weights, gradients and optimizer: more is needed, less can't be."""
-        if config.parallel.offload:
-            return 0
         number = 2 if config.model.dtype == "bfloat16" else 4
-        frozen = FROZEN_BYTES.get(config.model.frozen_memory, number)  # nearly all of them are matrices
-        whole = self.trained * (self.held(config) + self.held_while_training(config)) + self.frozen * frozen
-        return round(whole / shards(config.parallel))
+        each = FROZEN_BYTES.get(config.model.frozen_memory, number)  # nearly all of them are matrices
+        frozen = 0 if config.parallel.offload else self.frozen * each / shards(config.parallel)
+        return round(self.trained_here(config) * (self.held(config) + self.held_while_training(config)) + frozen)
+
+    def trained_here(self, config: RunConfig) -> float:
+        """Trained parameters on a process's device: its part of them, or all of a LoRA beside a model in parts."""
+        if config.lora.rank:
+            return self.trained
+        return 0 if config.parallel.offload else self.trained / shards(config.parallel)
 
     def held(self, config: RunConfig) -> float:
         """Bytes on the device for each trained number, all the time: the weight, its moments, its average."""
@@ -206,17 +210,20 @@ def _fewer_bits(config: RunConfig, footprint: Footprint, total: int) -> str:
     return f"hold them in fewer bits ({settings}: {least / 2**30:.1f} GiB), or train a LoRA (lora.rank=16)"
 
 
+def narrowed(config: RunConfig) -> dict[str, object]:
+    """Settings by their names with sections, that have other values than WHOLE says."""
+    values = {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in WHOLE}
+    return {name: value for name, value in values.items() if value != WHOLE[name]}
+
+
 def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:
     """ConfigError if settings of several processes don't go together, or with the model and the sizes of pictures."""
     parallel = config.parallel
-    for name, needed in WHOLE.items() if parallel.strategy != "replicate" else ():
-        section, _, key = name.partition(".")
-        value = getattr(getattr(config, section), key)
-        if value != needed:
-            raise ConfigError(
-                f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
-                f" {name}={needed} or parallel.strategy=replicate"
-            )
+    for name, value in narrowed(config).items() if parallel.strategy != "replicate" else ():
+        raise ConfigError(
+            f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
+            f" {name}={WHOLE[name]} or parallel.strategy=replicate"
+        )
     lonely = not is_sharded(parallel)
     stays = parallel.gathered != "layer" and parallel.strategy == "replicate"  # one process alone has gathered all
     for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays)):

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from srpo_core.config import ConfigError, ParallelConfig
+from srpo_core.config import ConfigError, ParallelConfig, RunConfig
+from srpo_core.description import make_config
 from srpo_core.parallel import World
 
 
@@ -68,6 +69,24 @@ def training_world(config: ParallelConfig) -> World:
         )
     one_model = config.strategy != "replicate" or config.context > 1
     return replace(world, context=config.context, keeps_step=world.size > 1 and one_model)
+
+
+def as_launched(config: RunConfig) -> RunConfig:
+    """The run with the processes and machines that a launcher has started, if this process is one of several.
+
+    ConfigError if the launcher's numbers make no sense.
+    """
+    size = _from_launcher("WORLD_SIZE", 1)
+    if size <= 1:
+        return config
+    local, rank = _from_launcher("LOCAL_WORLD_SIZE", size), _from_launcher("RANK", 0)
+    if not 1 <= local <= size:
+        raise ConfigError(f"LOCAL_WORLD_SIZE={local}, WORLD_SIZE={size}: a machine has 1 to all of the processes")
+    there = {"processes": local, "nodes": size // local, "node_rank": _from_launcher("GROUP_RANK", rank // local)}
+    meeting = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")]
+    if size > local and not config.parallel.rendezvous and all(meeting):
+        there["rendezvous"] = ":".join(meeting)
+    return make_config({**config.model_dump(), "parallel": config.parallel.model_dump() | there})
 
 
 def _own_gpu(local_rank: int) -> torch.device:

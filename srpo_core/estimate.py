@@ -7,6 +7,7 @@ beside measured). A model of another kind is taken for a FLUX of its width.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class Shapes:
     width: int
     """Numbers of a token between blocks."""
     text_tokens: int
+    embeds: int
+    """Numbers of a prompt's embeddings."""
     autoencoder: int
     decoder: float
     """What its decoder's activations take, as a share of FLUX's own."""
@@ -101,6 +104,7 @@ def shapes_of(config: RunConfig, components: Components) -> Shapes:
         largest_block=max(map(_count, blocks), default=0),
         width=widths.most_common(1)[0][0] if widths else 0,
         text_tokens=max((shape[0] for shape in embeds.values() if len(shape) == 2), default=0),
+        embeds=sum(math.prod(shape) for shape in embeds.values()),
         autoencoder=_count(vae),
         decoder=_decoder_share(vae),
         text=sum(map(_count, texts)),
@@ -165,31 +169,44 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     model, data, footprint = config.model, config.data, footprint_of(config, shapes.flow)
     number, parts = NARROW if model.dtype == "bfloat16" else 4, shards(config.parallel)
     still = WORKSPACE + number * shapes.autoencoder + _reward_bytes(config, shapes)
-    still += _frozen_bytes(config, footprint, shapes) // parts + _gathered(config, shapes, parts)
-    here = 0 if config.parallel.offload else footprint.trained / parts  # or else on the host
+    still += 0 if config.parallel.offload else _frozen_bytes(config, footprint, shapes) // parts  # or on the host
+    here = footprint.trained_here(config)
     trained, gradients = round(here * footprint.held(config)), round(here * footprint.held_while_training(config))
-    rolled_out = trained + (gradients if config.optim.accumulation > 1 else 0)
     size, copied = (data.height, data.width), _copy(config, footprint, shapes)
     together = min(config.rollout.at_once, config.optim.accumulation)
     drawing = max(_forward(config, footprint, shapes, size), _decoding(config, shapes, size, False))
+    micros, stays = _micro_batches(config, shapes, size), config.parallel.gathered
+    without = still + trained + micros + _gathered(config, shapes, parts, stays != "layer")
+    with_gradient = still + trained + micros + gradients + _gathered(config, shapes, parts, stays == "step")
     phases = {
         "encoding prompts": _text_bytes(config, shapes),
-        "rollout": still + rolled_out + copied + _forward(config, footprint, shapes, size, together),
-        "gradient step": still + trained + gradients + _backward(config, footprint, shapes, size),
-        "previews": still + trained + drawing,
+        "rollout": without + copied + _forward(config, footprint, shapes, size, together),
+        # the next step's micro-batches are made when the last backward pass is done
+        "gradient step": with_gradient + max(_backward(config, footprint, shapes, size), micros),
+        "previews": without + drawing,
     }
     if data.photos is not None:
-        phases["reading photos"] = still + rolled_out + _decoding(config, shapes, size, False)
-    several = config.parallel.processes * config.parallel.nodes > 1
-    return Estimate(phases, CONTEXT + (SEVERAL if several else 0))
+        phases["reading photos"] = without + _decoding(config, shapes, size, False)
+    return Estimate(phases, beside(config))
 
 
-def _gathered(config: RunConfig, shapes: Shapes, parts: int) -> int:
-    """What a process holds of the others' parts: the block at work and the next one, or all of a step's."""
+def beside(config: RunConfig) -> int:
+    """Bytes that CUDA and its libraries take in each of the run's processes."""
+    return CONTEXT + (SEVERAL if config.parallel.processes * config.parallel.nodes > 1 else 0)
+
+
+def _micro_batches(config: RunConfig, shapes: Shapes, size: Size) -> int:
+    """A step's prompts as they are encoded, in model.dtype, with noise and clean latents in float32."""
+    number = NARROW if config.model.dtype == "bfloat16" else 4
+    each = number * shapes.embeds + 2 * 4 * math.prod(shapes.flow.latent_shape(*size))
+    return config.optim.accumulation * config.data.batch_size * each
+
+
+def _gathered(config: RunConfig, shapes: Shapes, parts: int, whole: bool) -> int:
+    """What a process holds of the others' parts: the block at work and the next one, or the whole model."""
     if parts == 1:
         return 0
     number = NARROW if config.model.dtype == "bfloat16" else 4
-    whole = config.parallel.gathered != "layer"
     return number * (_count(shapes.flow.module) if whole else 2 * shapes.largest_block)
 
 
@@ -218,9 +235,8 @@ def _text_bytes(config: RunConfig, shapes: Shapes) -> int:
 
 def _narrow_copies(config: RunConfig, footprint: Footprint) -> int:
     """Trained weights in bfloat16 beside those in float32, as long as a forward pass lasts."""
-    cast = (
-        config.model.dtype == "bfloat16" and config.model.trained_memory == "float32" and shards(config.parallel) == 1
-    )
+    whole = bool(config.lora.rank) or shards(config.parallel) == 1
+    cast = whole and config.model.dtype == "bfloat16" and config.model.trained_memory == "float32"
     return NARROW * footprint.trained if cast else 0
 
 

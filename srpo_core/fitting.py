@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from srpo_core.checks import WHOLE
+import torch
+
+from srpo_core.checks import WHOLE, narrowed
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import make_config
-from srpo_core.estimate import Shapes, estimate, shapes_of
+from srpo_core.estimate import Shapes, beside, estimate, shapes_of
 from srpo_core.files import size_text
 from srpo_core.interfaces import Components, TrainableFlow
+from srpo_core.keeping import CudaMemory
+from srpo_core.sharding import is_sharded
 
 LARGER = "it takes a card with more memory"
 MOST_TRIED = 4
@@ -31,11 +35,20 @@ def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
     model, data, lora = config.model, config.data, config.lora
     if model.t5_memory != "8bit":
         yield {"model.t5_memory": "8bit"}
+    yield from _slower_rollouts(config)
     if not model.recompute:
         yield {"model.recompute": "auto"}
     if data.batch_size > 1:  # as many pictures a step
         yield {"data.batch_size": 1, "optim.accumulation": config.optim.accumulation * data.batch_size}
+    if (
+        config.parallel.processes * config.parallel.nodes > 1
+        and config.parallel.strategy == "replicate"
+        and not lora.rank
+    ):
+        yield {"parallel.strategy": "shard", **{name: WHOLE[name] for name in narrowed(config)}}
     yield from _narrower(config)
+    if is_sharded(config.parallel) and not config.parallel.offload:
+        yield {"parallel.offload": True}
     if config.optim.ema_decay:
         yield {"optim.ema_decay": 0.0}
     if not lora.rank:
@@ -53,6 +66,18 @@ def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
     for side in (640, 512, 384):
         if max(data.height, data.width) > side:
             yield _scaled(config, shapes, side)
+
+
+def _slower_rollouts(config: RunConfig) -> Iterator[Change]:
+    """Changes that only take time: to draw fewer at once, without a copy, and to gather a model's parts more often."""
+    if config.rollout.at_once > 1:
+        yield {"rollout.at_once": 1}
+    if config.rollout.precision == "fp8":
+        yield {"rollout.precision": "model"}
+    if config.parallel.gathered == "step":
+        yield {"parallel.gathered": "rollout"}
+    if config.parallel.gathered != "layer":
+        yield {"parallel.gathered": "layer"}
 
 
 def _narrower(config: RunConfig) -> Iterator[Change]:
@@ -120,19 +145,28 @@ def what_would_fit(config: RunConfig, shapes: Shapes, free: int) -> tuple[str, .
     return (f"even {_line(together, least)}; {LARGER}" if together else LARGER,)
 
 
-def less_memory(config: RunConfig, shapes: Shapes) -> str:
-    """What to try when a device ran out of memory: what changes would make of it, and the run's estimate by phase."""
-    found = [_line(change, size) for change, size in _smaller(config, shapes)]
+def less_memory(config: RunConfig, shapes: Shapes, room: int | None = None) -> str:
+    """What to try when a device ran out of memory, with the run's estimate by phase.
+
+    Changes with which the run fits into `room` bytes of the card; where that isn't known, what they would make of it.
+    """
     guess = estimate(config, shapes)
+    if room is None:
+        found = [_line(change, size) for change, size in _smaller(config, shapes)] or [LARGER]
+    else:
+        found = list(what_would_fit(config, shapes, room))
     phases = ", ".join(f"{phase} {size_text(size)}" for phase, size in guess.phases.items())
-    expected = f"about {size_text(guess.on_card)} were expected ({phases})"
-    return f"try {', or '.join(found[:MOST_TRIED])}; {expected}" if found else f"{LARGER}; {expected}"
+    told = ", or ".join(found[:MOST_TRIED])
+    told = told if told.endswith(LARGER) else f"try {told}"
+    return f"{told}; about {size_text(guess.on_card)} were expected ({phases})"
 
 
-def memory_advice(config: RunConfig, components: Components) -> str:
-    """`less_memory` of a run's parts; in general words for a family of the user's own that can't be estimated."""
+def memory_advice(config: RunConfig, components: Components, device: torch.device) -> str:
+    """`less_memory` of a run's parts on its device; in general words for a family of the user's own that can't be
+    estimated."""
     try:
-        return less_memory(config, shapes_of(config, components))
+        room = CudaMemory(device).reach() + beside(config) if device.type == "cuda" else None
+        return less_memory(config, shapes_of(config, components), room)
     except Exception:  # while another error is told, this one is worth nothing
         return GENERAL
 
@@ -149,7 +183,9 @@ def _smaller(config: RunConfig, shapes: Shapes) -> Iterator[tuple[Change, int]]:
 def _on_card(config: RunConfig, shapes: Shapes, changes: Change) -> int | None:
     """What the changed run takes of a card; None where the changes don't go together."""
     try:
-        return estimate(with_changes(config, changes), shapes).on_card
+        changed = with_changes(config, changes)
+        in_parts = changed.parallel.strategy != "replicate"
+        return None if in_parts and narrowed(changed) else estimate(changed, shapes).on_card
     except ConfigError:
         return None
 

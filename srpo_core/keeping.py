@@ -47,13 +47,17 @@ class CudaMemory:
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device)
 
-    def room(self) -> int:
-        """Less a margin; a cap on the process (set_per_process_memory_fraction) counts."""
+    def reach(self) -> int:
+        """What tensors may take in all; a cap on the process (set_per_process_memory_fraction) counts."""
         free, total = torch.cuda.mem_get_info(self.device)
         reach = free + torch.cuda.memory_reserved(self.device)
         if hasattr(torch.cuda, "get_per_process_memory_fraction"):
             reach = min(reach, round(total * torch.cuda.get_per_process_memory_fraction(self.device)))
-        return round((1 - MARGIN) * reach) - self.allocated()
+        return reach
+
+    def room(self) -> int:
+        """What they may take beside those that are there, less a margin."""
+        return round((1 - MARGIN) * self.reach()) - self.allocated()
 
 
 def memory_of(device: torch.device) -> Memory | None:

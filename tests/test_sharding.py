@@ -17,18 +17,21 @@ from sharding_laws import STEPS
 from test_launch_several import gone, ranks_of
 from test_parallel import ENVIRONMENT, TESTS, train
 from tiny import tiny_config, tiny_flow
+from tiny_flux import tiny_transformer
 from toy_run import SETTINGS
 
 from srpo_core import launch
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import checkpoint_folder, latest, read_shapes, read_tensors
-from srpo_core.checks import check_sharing
+from srpo_core.checks import Footprint, check_sharing
 from srpo_core.compact_adamw import CODES
 from srpo_core.config import ConfigError, ParallelConfig
-from srpo_core.devices import training_world
+from srpo_core.devices import as_launched, training_world
 from srpo_core.export import export_run
 from srpo_core.metrics import read_metrics
 from srpo_core.models import load_model
+from srpo_core.models.flux import FluxFlow
+from srpo_core.models.flux_context import nearest_size
 from srpo_core.run_state import read_state
 from srpo_core.sharded_checkpoint import open_saved
 from srpo_core.weights.tensors import WeightsError
@@ -146,6 +149,82 @@ def test_groups_that_processes_cannot_form(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"parallel\.context=2 with 3 processes"):
         training_world(ParallelConfig(device="cpu", context=2))
+
+
+def test_a_size_whose_tokens_can_be_shared_is_named():
+    """Of the sizes around it the one nearest to it in its shape, and it works."""
+    flow = FluxFlow(tiny_transformer())
+    step = 2 * flow.downscale
+    for context, size, nearest in ((2, (45, 45), (44, 44)), (2, (45, 43), (46, 44)), (2, (1, 1), (2, 2))):
+        wide, there = (tuple(step * side for side in one) for one in (size, nearest))
+        with pytest.raises(ConfigError, match=f"the nearest that can be shared is {there[1]} x {there[0]}$"):
+            flow.check_context(context, [wide])
+        flow.check_context(context, [there])
+    for context in (2, 3, 4, 8):
+        for rows, columns in ((45, 45), (7, 5), (1, 3), (64, 43)):
+            near = nearest_size(rows, columns, context)
+            assert near[0] * near[1] % context == 0
+            assert max(abs(near[0] - rows), abs(near[1] - columns)) < context
+
+
+LAUNCHER = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.mark.parametrize(
+    ("told", "settings"),
+    [
+        ({}, {"processes": 1}),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}, {"processes": 1}),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "RANK": "3", "GROUP_RANK": "0"}, {"processes": 8}),
+        ({"WORLD_SIZE": "8", "RANK": "3"}, {"processes": 8}),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "5", "GROUP_RANK": "1", "MASTER_ADDR": "first",
+             "MASTER_PORT": "29511"},
+            {"processes": 4, "nodes": 2, "node_rank": 1, "rendezvous": "first:29511"},
+        ),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "7"}, {"processes": 4, "nodes": 2, "node_rank": 1}),
+    ],
+)  # fmt: skip
+def test_processes_that_a_launcher_started_are_the_runs(tmp_path, monkeypatch, told, settings):
+    """Whatever the description says of their number: checks and the record go by what is there."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    parallel = ParallelConfig(device="cpu", strategy="shard")
+    config = as_launched(tiny_config(tmp_path, parallel=parallel.model_dump()))
+    assert config.parallel == parallel.model_copy(update=settings)
+    count = settings["processes"] * settings.get("nodes", 1)
+    assert Footprint(16, 0, 0).least_bytes(config) == 16 * 16 / count
+    named = {"nodes": 3, "processes": 2, "rendezvous": "here:1"}
+    if told.get("WORLD_SIZE", "1") == "1":  # those are still to be started
+        assert as_launched(tiny_config(tmp_path, parallel=named)).parallel == ParallelConfig(**named)
+    else:
+        assert as_launched(tiny_config(tmp_path, parallel=named)).parallel.rendezvous == "here:1"
+
+
+def test_a_number_of_processes_that_is_none_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for local, told in (("many", r"LOCAL_WORLD_SIZE='many'"), ("0", r"LOCAL_WORLD_SIZE=0, WORLD_SIZE=8")):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        with pytest.raises(ConfigError, match=told):
+            as_launched(tiny_config(tmp_path))
+
+
+def test_a_run_in_parts_may_be_started_by_hand(tmp_path):
+    """Of a description that says nothing of its processes; its record does, and so may go on by itself."""
+    folder, description = tmp_path / "run", tmp_path / "run.json"
+    parts = {"device": "cpu", "strategy": "shard", "gathered": "step"}
+    description.write_text(tiny_config(folder, **SETTINGS, optim__steps=1, parallel=parts).model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(launch.MAIN),
+         "train", str(description)],
+        env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    recorded = json.loads((folder / "run.json").read_text())["parallel"]
+    assert (recorded["processes"], recorded["nodes"]) == (2, 1)
+    assert read_state(folder).status == "finished"
 
 
 @pytest.mark.parametrize(

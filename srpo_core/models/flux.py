@@ -117,13 +117,16 @@ class FluxFlow:
 
     def check_context(self, context: int, sizes: Iterable[tuple[int, int]]) -> None:
         """ConfigError unless `context` processes can share pictures of these sizes (height, width) in pixels."""
-        from srpo_core.models.flux_context import check_context, check_tokens
+        from srpo_core.models.flux_context import check_context, check_tokens, nearest_size
 
         check_context(self.module, context)
         check_tokens(MAX_TOKENS, "prompts", context)
         for height, width in sizes:
-            _, rows, columns = self.latent_shape(height, width)
-            check_tokens(rows * columns // 4, f"pictures of {width} x {height} (data.width, data.height)", context)
+            _, rows, columns = (side // 2 for side in self.latent_shape(height, width))
+            near_rows, near_columns = (2 * self.downscale * side for side in nearest_size(rows, columns, context))
+            pictures = f"pictures of {width} x {height} (data.width, data.height)"
+            way_out = f"; the nearest that can be shared is {near_columns} x {near_rows}"
+            check_tokens(rows * columns, pictures, context, way_out)
 
     def share_tokens(self, world: World) -> None:
         """Have groups of world.context processes share each picture's tokens, from here on in every call."""

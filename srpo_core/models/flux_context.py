@@ -6,6 +6,8 @@ some heads (arXiv 2309.14509). What the parts say of a weight's gradient adds up
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import FluxTransformer2DModel, __version__
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,10 +32,22 @@ def check_context(module: FluxTransformer2DModel, context: int) -> None:
         )
 
 
-def check_tokens(count: int, what: str, context: int) -> None:
-    """ConfigError unless a sequence can be cut in equal parts."""
+def check_tokens(count: int, what: str, context: int, way_out: str = "") -> None:
+    """ConfigError, with a way out, unless a sequence can be cut in equal parts."""
     if count % context:
-        raise ConfigError(f"parallel.context={context}: {what} make {count} tokens, no multiple of {context}")
+        raise ConfigError(f"parallel.context={context}: {what} make {count} tokens, no multiple of {context}{way_out}")
+
+
+def nearest_size(rows: int, columns: int, context: int) -> tuple[int, int]:
+    """The size nearest to one in tokens that can be cut in equal parts; of those as near, the one most of its shape."""
+    around = range(1 - context, context)
+    sizes = [(rows + i, columns + j) for i in around for j in around]
+
+    def distance(size: tuple[int, int]) -> tuple[float, ...]:
+        away = [abs(size[0] - rows), abs(size[1] - columns)]
+        return max(away), abs(math.log(size[0] * columns / (size[1] * rows))), sum(away), size[0] * size[1]
+
+    return min((one for one in sizes if min(one) > 0 and one[0] * one[1] % context == 0), key=distance)
 
 
 def share_tokens(module: FluxTransformer2DModel, world: World) -> None:
