@@ -284,7 +284,7 @@ def gradient_error(config: RunConfig, tiny: bool, parts: Parts, learner: Learner
 def gradients(learner: Learner, number: int) -> tuple[dict[str, Tensor], float]:
     """A step's gradient by parameter, and its loss; nothing is trained."""
     if learner._keeping is not None:
-        learner._keeping.begin(learner._is_compiled())
+        learner._keeping.begin(learner.is_compiled())
     tally = Tally(learner.rewards)
     with learner.world.in_step():
         learner._add_all(number, learner.words.pair(number), tally, FiniteChecks(), Clock(lambda: None))

@@ -115,7 +115,7 @@ class Learner:
 
     def step(self, number: int, clock: Clock) -> StepMetrics:
         """Optimizer step 1, 2, ... What ends it, be it NotFiniteError, leaves the weights as they were before."""
-        compiled = self._is_compiled()
+        compiled = self.is_compiled()
         try:
             return self._step(number, clock)
         except RuntimeError as error:
@@ -131,7 +131,8 @@ class Learner:
         """The first block that each process can keep, where some share a picture; see Keeping."""
         return max(self.world.exchange(first)) if self.world.context > 1 else first
 
-    def _is_compiled(self) -> bool:
+    def is_compiled(self) -> bool:
+        """Whether its flow's blocks are, by now."""
         return self._compiler is not None and not self._compiler.stopped
 
     def _compilers(self, error: RuntimeError) -> bool:
@@ -143,7 +144,7 @@ class Learner:
 
     def _step(self, number: int, clock: Clock) -> StepMetrics:
         if self._keeping is not None:
-            self._keeping.begin(self._is_compiled())
+            self._keeping.begin(self.is_compiled())
         words = self.words.pair(number)
         tally, finite = Tally(self.rewards), FiniteChecks(early=not self.world.keeps_step)
         try:

@@ -24,6 +24,7 @@ from srpo_core.rewards.mixture import combined
 from srpo_core.rollout import rollout
 from srpo_core.session import Outcome, Session
 from srpo_core.stopping import StopRequested
+from srpo_core.time_words import duration_text
 
 PROBE_PROMPTS = 2
 EVALUATION_SETTINGS: dict[str, Any] = {
@@ -54,6 +55,7 @@ class Trainer:
         self.previews = self._gallery(self.config.output.preview_prompts)
         self.metrics = StepMetrics(0)
         self.saved_step = 0
+        self._warm = False
         self.best: dict[str, Any] | None = None
 
     def train(self, resume: bool = False) -> Outcome:
@@ -101,6 +103,7 @@ class Trainer:
         self.display.phase("training", self.config.optim.steps, self.metrics.step)
         if self.metrics.step and not self.metrics.preview and self._preview_is_due():
             self._after_step(log)  # a stop came during its preview
+        first = 0.0
         while self.metrics.step < self.config.optim.steps:
             clock = self._clock()
             self.metrics = self._learn(self.metrics.step + 1, clock)
@@ -108,7 +111,14 @@ class Trainer:
                 with clock.phase("drift"), self.world.in_step():
                     self.metrics.velocity_drift = probe.drift(self.flow)
             self.metrics.seconds = clock.seconds | {"total": clock.total()}
+            self._say_warm_up(first := first or clock.total(), clock.total())
             self._after_step(log)
+
+    def _say_warm_up(self, first: float, now: float) -> None:
+        """What compiling cost, as soon as a step is there that went without."""
+        if self.learner.is_compiled() and not self._warm and now < first:
+            self._warm = True
+            self.display.say(f"compiled: the first step took {duration_text(first)}, this one {duration_text(now)}")
 
     def _clock(self) -> Clock:
         return Clock(self.world.synchronize, self.world.device)

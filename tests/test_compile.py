@@ -214,6 +214,15 @@ def test_a_run_is_compiled_and_says_so(tmp_path, monkeypatch):
     assert counters["stats"]["unique_graphs"] >= 4
 
 
+def test_a_run_says_what_compiling_cost(tmp_path, monkeypatch, capsys):
+    """Once, and not where nothing is compiled."""
+    monkeypatch.setattr(compiling, "Compiler", lambda *given: with_backend(*given))
+    for wanted in (True, False):
+        assemble(tiny_config(tmp_path / str(wanted), model__compile=wanted)).train()
+        told = capsys.readouterr().out
+        assert told.count("compiled: the first step took ") == wanted, told
+
+
 def test_a_backward_pass_that_cannot_be_compiled_is_tried_again_without(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compiling, "Compiler", lambda *given: with_backend(*given, backend=forward_only))
     ours = assemble(tiny_config(tmp_path / "ours", model__compile=True)).learner
