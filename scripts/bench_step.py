@@ -15,33 +15,25 @@ to try the script on a machine without a GPU.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
 import json
 import statistics
 import subprocess
 import sys
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from bench_load import machine
 from bench_memory import RandomFlux, gib, numbers
-from torch import Tensor
+from bench_step_errors import gradient_error, rollout_error, waits
 
 from srpo_core.assemble import trained_flow
-from srpo_core.attention import Attention
 from srpo_core.config import RunConfig
 from srpo_core.description import load_run
 from srpo_core.deterministic import deterministic
 from srpo_core.devices import make_world
 from srpo_core.duration import count_work, matmul_rate
-from srpo_core.finite import FiniteChecks
-from srpo_core.flow import shifted_sigmas
-from srpo_core.interfaces import TrainableFlow
 from srpo_core.learner import Learner, Parts
 from srpo_core.metrics import Clock
 from srpo_core.parallel import World
@@ -50,10 +42,8 @@ from srpo_core.prompts import prompt_sequence
 from srpo_core.rewards.clip import ClipReward, OpenClip
 from srpo_core.rewards.clip_files import new_open_clip
 from srpo_core.rewards.mixture import WeightedReward
-from srpo_core.rollout import rollout
 from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.speed import speed_up
-from srpo_core.tally import Tally
 from srpo_core.training_data import TrainingData
 from srpo_core.weights.eight_bit import to_fp8_rows
 from srpo_core.weights.fp8_linear import scaled_product
@@ -172,7 +162,8 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
         profile.write_text(profiled(lambda: learner.step(count + 2, Clock(lambda: None)), device))
     if compare:
         try:
-            row |= gradient_error(config, tiny, parts, learner, count + 3)
+            reward = random_reward(device, tiny, torch.float32)
+            row |= gradient_error(config, parts, learner, reward, count + 3)
         except torch.OutOfMemoryError as error:
             row["gradient_error"] = {"error": f"two gradients don't fit: {error}"[:300]}
     return row
@@ -217,95 +208,6 @@ def fp8_rate(device: torch.device) -> float:
         return 2 * side**3 / min(seconds(20 if device.type == "cuda" else 1) for _ in range(3))
     except RuntimeError:
         return matmul_rate(device, torch.bfloat16)
-
-
-@contextlib.contextmanager
-def uncompiled(flow: TrainableFlow) -> Iterator[None]:
-    """Inside the context the flow's blocks run as they are written."""
-    compiled = {module: vars(module).pop("forward") for module in flow.module.modules() if "forward" in vars(module)}
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module.forward = call
-
-
-def waits(step: Callable[[], object]) -> dict[str, int]:
-    """How often the host waits for the GPU in a step, by the place in the code."""
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    told = [one for one in caught if "synchronizing" in str(one.message)]
-    return dict(Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told))
-
-
-def rollout_error(config: RunConfig, parts: Parts, learner: Learner) -> dict[str, float]:
-    """How far the row's rollouts are from the exact ones (every call, model.dtype, nothing compiled), as latents."""
-    ours = learner._rollout(1, 0)
-    sigmas = shifted_sigmas(config.rollout.num_steps, config.rollout.shift)
-    with uncompiled(parts.flow):
-        exact = rollout(parts.flow, ours.prompts, ours.noise, sigmas, config.rollout.guidance)
-    moved = (exact.clean - exact.noise).norm()
-    difference = (ours.clean - exact.clean).norm()
-    return {
-        "relative_latents": float(f"{float(difference / exact.clean.norm()):.3g}"),
-        "relative_to_the_way": float(f"{float(difference / moved):.3g}"),
-    }
-
-
-def gradient_error(config: RunConfig, tiny: bool, parts: Parts, learner: Learner, number: int) -> dict[str, object]:
-    """A step's gradient beside the exact path's, and beside itself computed once more. The parts are spent after it."""
-    device = learner.world.device
-    ours, loss = gradients(learner, number)
-    ours = {name: gradient.cpu() for name, gradient in ours.items()}  # beside a second one there may be no room
-    row = {"gradient_repeated": beside(ours, gradients(learner, number)[0])}
-    reward = [WeightedReward("hpsv2", random_reward(device, tiny, torch.float32), margin=config.reward.margin)]
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    parts.flow.module.enable_gradient_checkpointing()  # uncompiled activations and a second gradient don't fit
-    settings = config.model_dump()
-    settings["rollout"] |= {"calls": 0, "precision": "model", "at_once": 1}
-    settings["model"] |= {"compile": False, "attention": "native"}
-    parts.flow.attention = Attention()
-    plain = copy.copy(learner)  # a new one would have moments of its own
-    plain.config, plain.rewards, plain.attention = RunConfig(**settings), reward, Attention()
-    plain._copy = plain._compiler = plain._keeping = None
-    with uncompiled(parts.flow):
-        exact, exact_loss = gradients(plain, number)
-    row["gradient_error"] = beside(ours, exact) | {"loss": round(loss, 6), "exact_loss": round(exact_loss, 6)}
-    return row
-
-
-def gradients(learner: Learner, number: int) -> tuple[dict[str, Tensor], float]:
-    """A step's gradient by parameter, and its loss; nothing is trained."""
-    if learner._keeping is not None:
-        learner._keeping.begin(learner.is_compiled())
-    tally = Tally(learner.rewards)
-    with learner.world.in_step():
-        learner._add_all(number, learner.words.pair(number), tally, FiniteChecks(), Clock(lambda: None))
-    found = {name: parameter.grad for name, parameter in learner.trained.items()}
-    for parameter in learner.trained.values():
-        parameter.grad = None
-    return found, tally.summary()["loss"]
-
-
-def beside(ours: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Two gradients over all parameters: the second's norm, the first's and their difference's share of it, cosine."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    for name in ours:
-        other = exact[name].float()
-        one = ours[name].to(other)
-        products = (one * one).sum(), (other * other).sum(), (one - other).square().sum(), (one * other).sum()
-        sums += torch.stack(products).double().cpu()
-    one, other, difference, product = sums.tolist()
-    found = {"norm": other**0.5, "norm_share": (one / other) ** 0.5, "difference": (difference / other) ** 0.5}
-    found["cosine"] = product / (one * other) ** 0.5
-    return {name: float(f"{value:.5g}") for name, value in found.items()}
 
 
 def codes_seconds(twin: RolloutCopy, world: World) -> float:
