@@ -80,7 +80,8 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, dict[str, list[Path]]] = {}
     jobs = []
-    for way, (common, narrow) in ((way, WAYS[way]) for way in args.ways):
+    for way in args.ways:
+        common, narrow = WAYS[way]
         for path, settings in (("exact", common), ("fast", [*common, *narrow, *FAST])):
             for seed in range(args.seeds):
                 folder = args.folder / f"{way}-{path}-{seed}"
@@ -88,7 +89,7 @@ def main() -> None:
                 shared = [f"seed={seed}", "parallel.share_gpu=true", *args.set]
                 jobs.append((folder, [*settings, *shared], folder.with_suffix(".log")))
     with ThreadPoolExecutor(args.at_once) as pool:
-        seconds = dict(zip((str(job[0].name) for job in jobs), pool.map(lambda job: train(*job), jobs), strict=True))
+        seconds = dict(zip((folder.name for folder, *_ in jobs), pool.map(lambda job: train(*job), jobs), strict=True))
     result = {
         "machine": machine("PYTHONPATH=. python scripts/bench_paths.py --folder FOLDER --out paths.json"),
         "runs": {name: round(each, 1) for name, each in seconds.items()},

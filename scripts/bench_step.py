@@ -152,13 +152,14 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
         row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
         row["held_and_peak_gib_after_steps"] = {number: memory[number - 1] for number in sorted({1, 2, 3, count})}
+    print("ROW " + json.dumps(row), flush=True)  # if what follows should fail
+    if device.type == "cuda":
         row["waits"] = waits(lambda: learner.step(count + 1, Clock(lambda: None)))
     row |= rates(config, components, seconds["step"], device)
     if parts.rollout_copy is not None:
         row["seconds_of_codes"] = round(codes_seconds(parts.rollout_copy, learner.world), 4)
     row["rollout_error"] = rollout_error(config, parts, learner)
     if profile is not None:
-        print("ROW " + json.dumps(row), flush=True)  # if the profiler should fail
         profile.write_text(profiled(lambda: learner.step(count + 2, Clock(lambda: None)), device))
     if compare:
         try:
@@ -268,7 +269,9 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
             lines, errors = (stopped.stdout or b"").decode().splitlines(), "stopped: no time left"
         longest = max(longest, time.perf_counter() - start)
         found = [line for line in lines if line.startswith("ROW ")]
-        row = json.loads(found[-1][4:]) if found else {"settings": settings, "error": errors[-3000:]}
+        row = {} if found else {"settings": settings, "error": errors[-3000:]}
+        for line in found:
+            row |= json.loads(line[4:])
         row["said"] = [line[2:] for line in lines if line.startswith("# ")]
         row["warned"] = [line[:300] for line in errors.splitlines() if line.strip()][-20:]
         row |= {"cap_gib": args.cap_gib} if args.cap_gib else {}

@@ -22,6 +22,7 @@ from srpo_core.files import write_atomic
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, FlowModel, PromptBatch
 from srpo_core.miniature.models import load
+from srpo_core.models.flux import BLOCKS
 from srpo_core.randomness import fixed_noise
 from srpo_core.rollout import rollout
 from srpo_core.rollout_copy import RolloutCopy
@@ -50,7 +51,7 @@ def drawn(row: dict[str, Any], prompts: PromptBatch, noise: torch.Tensor) -> tor
     flow = load(ModelConfig(family="miniature", dtype=dtype), "cpu").flow
     if "frozen" in row:
         state = {name: tensor.clone() for name, tensor in flow.module.state_dict().items()}
-        fill_compressed(flow.module, iter(state.items()), torch.float32, "cpu", {}, r".*blocks\..*", row["frozen"])
+        fill_compressed(flow.module, iter(state.items()), torch.float32, "cpu", {}, BLOCKS, row["frozen"])
     if row.get("fp8"):
         with RolloutCopy(flow, getattr(torch, dtype)).filled() as twin:
             return sampled(twin, prompts, noise, row)

@@ -51,14 +51,15 @@ class RolloutCopy:
                     setattr(layer, name, None)
 
     def _fill(self, layer: Fp8Linear, source: nn.Module) -> None:
-        held = fp8_codes(getattr(source, "base_layer", source))
+        linear = getattr(source, "base_layer", source)
+        held = fp8_codes(linear)
         if held is None:
-            layer.codes, layer.scale = self._to_codes(*weight_parts(source))
+            layer.codes, layer.scale = self._to_codes(linear.weight, *lora_parts(source))
             return
         layer.codes, layer.scale = held
-        if hasattr(source, "lora_A"):
-            down, up = (pair[ADAPTER].weight for pair in (source.lora_A, source.lora_B))
-            layer.down, layer.up = down.to(layer.dtype), (up.float() * source.scaling[ADAPTER]).to(layer.dtype)
+        down, up, scale = lora_parts(source)
+        if down is not None and up is not None:
+            layer.down, layer.up = down.to(layer.dtype), (up.float() * scale).to(layer.dtype)
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
@@ -89,15 +90,11 @@ def _replace(
     return replaced
 
 
-Parts = tuple[Tensor, Tensor | None, Tensor | None, float]
-
-
-def weight_parts(layer: nn.Module) -> Parts:
-    """A layer's weight [out, in], and its LoRA's down [r, in], up [out, r] and scale, or None, None and 0."""
+def lora_parts(layer: nn.Module) -> tuple[Tensor | None, Tensor | None, float]:
+    """The down [r, in], up [out, r] and scale of a layer's LoRA, or None, None and 0."""
     if not hasattr(layer, "lora_A"):
-        return layer.weight, None, None, 0.0
-    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return layer.base_layer.weight, down, up, layer.scaling[ADAPTER]
+        return None, None, 0.0
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
 
 
 def _codes(weight: Tensor, down: Tensor | None, up: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

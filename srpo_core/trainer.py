@@ -110,8 +110,10 @@ class Trainer:
             if probe is not None:
                 with clock.phase("drift"), self.world.in_step():
                     self.metrics.velocity_drift = probe.drift(self.flow)
-            self.metrics.seconds = clock.seconds | {"total": clock.total()}
-            self._say_warm_up(first := first or clock.total(), clock.total())
+            now = clock.total()
+            self.metrics.seconds = clock.seconds | {"total": now}
+            first = first or now
+            self._say_warm_up(first, now)
             self._after_step(log)
 
     def _say_warm_up(self, first: float, now: float) -> None:

@@ -123,6 +123,8 @@ class FluxFlow:
         check_tokens(MAX_TOKENS, "prompts", context)
         for height, width in sizes:
             _, rows, columns = (side // 2 for side in self.latent_shape(height, width))
+            if rows * columns % context == 0:
+                continue
             near_rows, near_columns = (2 * self.downscale * side for side in nearest_size(rows, columns, context))
             pictures = f"pictures of {width} x {height} (data.width, data.height)"
             way_out = f"; the nearest that can be shared is {near_columns} x {near_rows}"
