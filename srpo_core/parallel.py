@@ -21,6 +21,7 @@ from srpo_core.last_words import is_lost, tell_last, told_last, watched
 from srpo_core.stopping import StopRequested
 
 Item = TypeVar("Item")
+Error = TypeVar("Error", bound=BaseException)
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others, such as the first one while it writes a large checkpoint."""
 BUCKET = 2**25
@@ -102,7 +103,8 @@ class World:
         """Inside the context each process works by itself; then all go on, or end with what ended one of them.
 
         One's StopRequested is raised in all; one's error is an OthersError elsewhere. What all know passes through
-        outer contexts as it is: each process has then left the same exchange, so they agree on what comes next.
+        outer contexts as it is: each process has then left the same exchange, so they agree on what comes next. One's
+        end, which breaks its connections, is an OthersError wherever another one waited for it.
         """
         try:
             yield
@@ -112,6 +114,8 @@ class World:
             raise
         except Exception as error:
             if self.size > 1 and not _is_known(error):
+                if is_lost(error):
+                    raise _lost(error) from error
                 with contextlib.suppress(OthersError):  # one that is gone needs no telling
                     self._round({"ended": _words(error)})
                 _make_known(error)
@@ -134,9 +138,8 @@ class World:
         except Exception as error:
             if _is_known(error):
                 raise
-            told = told_last() or (gone(error) if is_lost(error) else None)
-            if told is not None:
-                raise _ends_all(OthersError(told)) from error
+            if is_lost(error) or told_last() is not None:
+                raise _ends_all(_lost(error)) from error
             tell_last(f"rank {self.rank} of {self.size}: {_words(error)}")
             _ends_all(error)
             raise
@@ -245,15 +248,17 @@ def _others_answer() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise _make_known(OthersError(told_last() or gone(error))) from error
+        raise _lost(error) from error
 
 
-def gone(error: Exception) -> str:
-    """In words, that another process no longer answers."""
-    return (
+def _lost(error: Exception) -> OthersError:
+    """What another process that no longer answers said last, or in words that it doesn't."""
+    first, _, _ = str(error).partition("\n")
+    gone = (
         "another process of this run is gone (killed, or out of the host's memory) or hangs; train.log shows what each"
-        f" one said last ({str(error).splitlines()[0]})"
+        f" one said last ({first})"
     )
+    return _make_known(OthersError(told_last() or gone))
 
 
 def ends_all(error: BaseException) -> bool:
@@ -261,7 +266,7 @@ def ends_all(error: BaseException) -> bool:
     return getattr(error, "ends_all", False)
 
 
-def _ends_all(error: BaseException) -> BaseException:
+def _ends_all(error: Error) -> Error:
     error.ends_all = True
     return _make_known(error)
 
@@ -275,7 +280,7 @@ def _is_known(error: BaseException | None) -> bool:
     return False
 
 
-def _make_known(error: BaseException) -> BaseException:
+def _make_known(error: Error) -> Error:
     error.known_to_all = True
     return error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,3 +46,12 @@ class BrokenFlow(ExactFlow):
 
 def load_broken(config: ModelConfig, device: torch.device | str) -> Components:
     return Components(BrokenFlow(), LinearAutoencoder(), encode_text, {}, PROMPTS)
+
+
+def load_killed(config: ModelConfig, device: torch.device | str) -> Components:
+    """As `load`; the second of several processes is killed while they write their first checkpoint in parts."""
+    from srpo_core import parts_storage
+
+    if os.environ.get("RANK") == "1":
+        parts_storage.save_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return load(config, device)
