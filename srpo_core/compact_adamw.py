@@ -28,6 +28,7 @@ from srpo_core.moments import (
     second_values,
     uniform,
 )
+from srpo_core.transfer import sent
 
 SMALLEST = 4096
 """Parameters of fewer numbers, or not of whole blocks, keep their moments in float32."""
@@ -125,7 +126,7 @@ class CompactAdamW(torch.optim.Optimizer):
         digests = (hashlib.sha256(f"{self.seed} {step} {i} rounding".encode()).digest() for i in range(count))
         seeds = [int.from_bytes(digest[:4], "little", signed=True) for digest in digests]
         numbers = torch.tensor([lr, rate, root, 1.0], dtype=torch.float32)
-        return numbers.to(device), torch.tensor(seeds, dtype=torch.int32).to(device)
+        return sent(numbers, device), sent(torch.tensor(seeds, dtype=torch.int32), device)
 
     def _update(self, parameter: nn.Parameter, numbers: Tensor, seeds: Tensor, i: int, constants: Constants) -> None:
         state = self.state[parameter]
