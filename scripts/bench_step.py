@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,6 +155,7 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
         row["held_and_peak_gib_after_steps"] = {number: memory[number - 1] for number in sorted({1, 2, 3, count})}
     print("ROW " + json.dumps(row), flush=True)  # if what follows should fail
+    print("# the host's waits, rates, errors", flush=True)
     if device.type == "cuda":
         row["waits"] = waits(lambda: learner.step(count + 1, Clock(lambda: None)))
     row |= rates(config, components, seconds["step"], device)
@@ -248,7 +251,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]:
-    """Each row as its process ends."""
+    """Each row as soon as its steps are done, and again with what came after them."""
     wanted = {name: ROWS[name] for name in args.rows} if args.rows else {} if args.row else ROWS
     wanted |= dict(row.split(": ", 1) for row in args.row)
     began, longest = time.perf_counter(), 0.0
@@ -262,20 +265,36 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         command += ["--profile", str(args.profile)] if args.profile else []
         command += ["--cap-gib", str(args.cap_gib)] if args.cap_gib else []
         command += ["--steps", str(args.steps)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
-            lines, errors = done.stdout.splitlines(), done.stderr
-        except subprocess.TimeoutExpired as stopped:
-            lines, errors = (stopped.stdout or b"").decode().splitlines(), "stopped: no time left"
+        row: dict[str, object] = {
+            "settings": settings,
+            "said": [],
+            **({"cap_gib": args.cap_gib} if args.cap_gib else {}),
+        }
+        for line in told(command, left):
+            if line.startswith("ROW "):
+                row |= json.loads(line[4:])
+                yield name, row  # as far as it has come, if this program is ended
+            elif line.startswith("# "):
+                row["said"].append(line[2:])
+                print(line, flush=True)
+            else:
+                row["warned"] = [*row.get("warned", []), line[:300]][-20:]
+        if "seconds" not in row and "error" not in row:
+            row["error"] = "the process gave no row: " + " ".join(row.get("warned", ["no time left"])[-3:])
         longest = max(longest, time.perf_counter() - start)
-        found = [line for line in lines if line.startswith("ROW ")]
-        row = {} if found else {"settings": settings, "error": errors[-3000:]}
-        for line in found:
-            row |= json.loads(line[4:])
-        row["said"] = [line[2:] for line in lines if line.startswith("# ")]
-        row["warned"] = [line[:300] for line in errors.splitlines() if line.strip()][-20:]
-        row |= {"cap_gib": args.cap_gib} if args.cap_gib else {}
         yield name, row | {"seconds_of_the_process": round(time.perf_counter() - start, 1)}
+
+
+def told(command: list[str], seconds: float) -> Iterator[str]:
+    """What a process says, line by line as it comes; it is ended after so many seconds, or if this one is."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            yield from (line.rstrip("\n") for line in process.stdout if line.strip())
+        finally:
+            timer.cancel()
+            process.kill()
 
 
 def main() -> None:
@@ -299,13 +318,15 @@ def main() -> None:
     if args.one is not None:
         child(args)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # a row's process goes with this one
     about = machine("PYTHONPATH=. python scripts/bench_step.py --out bench_step.json")
     rows: dict[str, object] = {}
     for name, row in rows_of(args):
         rows[name] = row
         keys = ("seconds", "seconds_per_picture", "warm_up_seconds", "peak_gib", "reserved_gib", "tflop_per_second",
                 "share_of_ceiling", "rollout_error", "gradient_error", "gradient_repeated", "error")  # fmt: skip
-        print(f"{name}: {json.dumps({key: row[key] for key in keys if key in row})}", flush=True)
+        if "seconds_of_the_process" in row:
+            print(f"{name}: {json.dumps({key: row[key] for key in keys if key in row})}", flush=True)
         if args.out is not None:
             args.out.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
