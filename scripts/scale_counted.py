@@ -20,11 +20,11 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import diffusers
 import torch
 import torch.distributed as dist
 from bench_load import machine
@@ -35,7 +35,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from srpo_core.config import RunConfig
 from srpo_core.devices import as_launched, training_world
 from srpo_core.estimate import WORKSPACE, estimate, shapes_of
 from srpo_core.learner import Learner
@@ -47,30 +46,27 @@ from srpo_core.sharding import is_part
 MACHINE = 8
 """GPUs of a machine."""
 WHOLE = "model.trained_memory=float32 optim.states=float32"
-LORA = "lora.rank=32"
-SHARED = "parallel.context=2 data.width=704"
+SHARD, HYBRID = (f"{WHOLE} parallel.strategy={name}" for name in ("shard", "hybrid"))
+ROLLOUT, STEP = "parallel.gathered=rollout", "parallel.gathered=step"
+LORA, LARGE, WIDE = "lora.rank=32", "data.height=1024 data.width=1024", "data.width=704"
+PAIR = "parallel.context=2"
 ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
     "alone": (WHOLE, (1,)),
-    "shard, layer": (f"{WHOLE} parallel.strategy=shard", (2, 8, 32, 256)),
-    "shard, rollout": (f"{WHOLE} parallel.strategy=shard parallel.gathered=rollout", (8, 32, 256)),
-    "shard, step": (f"{WHOLE} parallel.strategy=shard parallel.gathered=step", (2, 8, 32, 256)),
-    "hybrid, layer": (f"{WHOLE} parallel.strategy=hybrid", (32,)),
-    "hybrid, step": (f"{WHOLE} parallel.strategy=hybrid parallel.gathered=step", (8, 32, 256)),
-    "shard, step, accumulation 2": (
-        f"{WHOLE} parallel.strategy=shard parallel.gathered=step optim.accumulation=2",
-        (8,),
-    ),
-    "hybrid, step, accumulation 2": (
-        f"{WHOLE} parallel.strategy=hybrid parallel.gathered=step optim.accumulation=2",
-        (32,),
-    ),
+    "shard, layer": (SHARD, (2, 8, 32, 256)),
+    "shard, rollout": (f"{SHARD} {ROLLOUT}", (8, 32, 256)),
+    "shard, step": (f"{SHARD} {STEP}", (2, 8, 32, 256)),
+    "hybrid, layer": (HYBRID, (32,)),
+    "hybrid, step": (f"{HYBRID} {STEP}", (8, 32, 256)),
+    "shard, step, accumulation 2": (f"{SHARD} {STEP} optim.accumulation=2", (8,)),
+    "hybrid, step, accumulation 2": (f"{HYBRID} {STEP} optim.accumulation=2", (32,)),
+    "shard, layer, 704 wide": (f"{SHARD} {WIDE}", (8,)),
+    "shard, layer, 704 wide, two share a picture": (f"{SHARD} {PAIR} {WIDE}", (8,)),
     "LoRA, alone": (LORA, (1,)),
     "LoRA, replicate": (LORA, (8,)),
     "LoRA, shard, layer": (f"{LORA} parallel.strategy=shard", (8,)),
-    "LoRA, shard, step": (f"{LORA} parallel.strategy=shard parallel.gathered=step", (8,)),
-    "alone, 704 wide": (f"{WHOLE} data.width=704", (1,)),
-    "shard, layer, 704 wide": (f"{WHOLE} parallel.strategy=shard data.width=704", (8,)),
-    "shard, layer, two share a picture": (f"{WHOLE} parallel.strategy=shard {SHARED}", (8,)),
+    "LoRA, shard, step": (f"{LORA} parallel.strategy=shard {STEP}", (8,)),
+    "LoRA, replicate, 1024": (f"{LORA} {LARGE}", (2,)),
+    "LoRA, replicate, 1024, two share a picture": (f"{LORA} {PAIR} {LARGE}", (2,)),
 }
 """By name: settings on top of the recipe, and the numbers of processes."""
 BYTES = ("received", "received_in_all", "held_before_the_first_step", "peak", "predicted")
@@ -78,24 +74,19 @@ PHASES = {"rollout": ("rollout",), "gradient step": ("gradient", "optimizer")}
 """The estimate's phases by those of a step's clock."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """A collective that a process took part in."""
-
-    kind: str
-    among: str
-    """Whom it went around: a machine's processes, one of each machine, or all."""
-    received: int
-    """Bytes that one process gets, as rings send them: of a sum, every part but its own; of a whole sum, twice that."""
-
-
 class Counted(TorchDispatchMode):
-    """Messages and the bytes of living tensors, as long as the mode is on; numbers that are asked for are 1."""
+    """Messages and the bytes of living tensors, as long as the mode is on; numbers that are asked for are 1.
+
+    Messages and the bytes received with them are by kind and by whom they went around: processes of a machine, one of
+    each machine, or all. Received is what a ring brings: of a gathering or a sum, all parts but one's own; of a sum
+    for everyone, twice that.
+    """
 
     def __init__(self, machine: int) -> None:
         super().__init__()
         self._machine = machine
-        self.messages: list[Message] = []
+        self.messages: Counter[str] = Counter()
+        self.received: Counter[str] = Counter()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -121,8 +112,8 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        if function.namespace in ("c10d", "_c10d_functional"):
-            self.messages += filter(None, [self._message(function.overloadpacket.__name__, args)])
+        if function.namespace in ("c10d", "_c10d_functional") and "wait" not in str(function):
+            self._message(function.overloadpacket.__name__, args)
         result = function(*args, **(kwargs or {}))
         # a part is seen a second time as what it is a part of, which has no memory
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
@@ -144,10 +135,8 @@ class Counted(TorchDispatchMode):
         del self._alive[key]
         self.live -= self._sizes.pop(key)
 
-    def _message(self, name: str, args: Sequence[Any]) -> Message | None:
+    def _message(self, name: str, args: Sequence[Any]) -> None:
         tensors = [one for one in tree_leaves(args[:2]) if isinstance(one, Tensor)]
-        if name == "wait_tensor":
-            return None
         group = next(one for one in map(_group, args) if one is not None)
         sizes, count = [one.nbytes for one in tensors], group.size()
         around = sum(sizes) * (count - 1) // count
@@ -159,7 +148,8 @@ class Counted(TorchDispatchMode):
             "broadcast_": ("broadcast", sum(sizes)),
             "all_to_all_single": ("all-to-all", around),
         }[name]
-        return Message(kind, self._among(group), received)
+        self.messages[f"{kind}, {self._among(group)}"] += 1
+        self.received[f"{kind}, {self._among(group)}"] += received
 
     def _among(self, group: dist.ProcessGroup) -> str:
         ranks = dist.get_process_group_ranks(group)
@@ -238,18 +228,14 @@ def playing(size: int) -> Iterator[Counted]:
             dist.destroy_process_group()
 
 
-def shorter(config: RunConfig) -> RunConfig:
-    """The same run with rollouts of one call."""
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"num_steps": 1})})
-
-
 def second_step(learner: Learner, counted: Counted) -> dict[str, int]:
     """Peaks by phase of a step that finds the moments of the optimizer there; its messages are in `counted`."""
-    config = learner.config
-    learner.config = shorter(config)
+    config, one_call = learner.config, learner.config.rollout.model_copy(update={"num_steps": 1})
+    learner.config = config.model_copy(update={"rollout": one_call})
     learner.step(1, Clock(lambda: None))
     learner.config = config
     counted.messages.clear()
+    counted.received.clear()
     phases = Phases(counted)
     learner.step(2, phases)
     return {name: max(phases.peaks[one] for one in ours) for name, ours in PHASES.items()}
@@ -264,15 +250,11 @@ def count(settings: str, size: int, tiny: bool) -> dict[str, object]:
         held = counted.live
         peaks = second_step(learner, counted)
         guess = estimate(config, shapes_of(config, components)).phases
-    messages, received = Counter(), Counter()
-    for one in counted.messages:
-        messages[f"{one.kind}, {one.among}"] += 1
-        received[f"{one.kind}, {one.among}"] += one.received
     return {
         "settings": settings,
-        "messages": dict(messages),
-        "received": dict(received),
-        "received_in_all": sum(received.values()),
+        "messages": dict(counted.messages),
+        "received": dict(counted.received),
+        "received_in_all": counted.received.total(),
         "held_before_the_first_step": held,
         "peak": peaks,
         "predicted": {name: guess[name] - WORKSPACE for name in peaks},  # which libraries keep, beside tensors
@@ -300,6 +282,7 @@ def main() -> None:
     there = args.out is not None and args.out.is_file()
     rows: dict[str, Any] = json.loads(args.out.read_text(encoding="utf-8"))["rows"] if there else {}
     about = machine("PYTHONPATH=. python scripts/scale_counted.py --out scale_counted.json")
+    about |= {"device": "none", "diffusers": diffusers.__version__}
     for name in args.rows:
         settings, sizes = ROWS[name]
         for size in sizes:
