@@ -18,7 +18,7 @@ from srpo_core.checks import FROZEN_BYTES, Footprint, footprint_of
 from srpo_core.config import LoraConfig, MoreReward, RewardConfig, RunConfig
 from srpo_core.interfaces import Components, TrainableFlow
 from srpo_core.lora import linear_shapes, target_shapes
-from srpo_core.sharding import shards
+from srpo_core.sharding import is_sharded, shards
 
 CONTEXT = 600 * 2**20
 """Bytes that CUDA itself and its libraries take in a process."""
@@ -66,9 +66,8 @@ class Shapes:
     matrices: int
     """Those that model.frozen_memory holds in few bits."""
     largest_matrix: int
-    blocks: int
-    """How many blocks it has."""
-    largest_block: int
+    blocks: tuple[int, ...]
+    """Those of each block, as they follow one another."""
     width: int
     """Numbers of a token between blocks."""
     text_tokens: int
@@ -100,8 +99,7 @@ def shapes_of(config: RunConfig, components: Components) -> Shapes:
         flow=flow,
         matrices=sum(rows * columns for rows, columns in matrices),
         largest_matrix=max((rows * columns for rows, columns in matrices), default=0),
-        blocks=len(blocks),
-        largest_block=max(map(_count, blocks), default=0),
+        blocks=tuple(map(_count, blocks)),
         width=widths.most_common(1)[0][0] if widths else 0,
         text_tokens=max((shape[0] for shape in embeds.values() if len(shape) == 2), default=0),
         embeds=sum(math.prod(shape) for shape in embeds.values()),
@@ -174,13 +172,13 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     trained, gradients = round(here * footprint.held(config)), round(here * footprint.held_while_training(config))
     size, copied = (data.height, data.width), _copy(config, footprint, shapes)
     together = min(config.rollout.at_once, config.optim.accumulation)
-    drawing = max(_forward(config, footprint, shapes, size), _decoding(config, shapes, size, False))
+    drawing = max(_calling(config, footprint, shapes, size), _decoding(config, shapes, size, False))
     micros, stays = _micro_batches(config, shapes, size), config.parallel.gathered
-    without = still + trained + micros + _gathered(config, shapes, parts, stays != "layer")
-    with_gradient = still + trained + micros + gradients + _gathered(config, shapes, parts, stays == "step")
+    without = still + trained + micros + _gathered(config, shapes, stays != "layer")
+    with_gradient = still + trained + micros + gradients + _gathered(config, shapes, stays == "step")
     phases = {
         "encoding prompts": _text_bytes(config, shapes),
-        "rollout": without + copied + _forward(config, footprint, shapes, size, together),
+        "rollout": without + copied + _calling(config, footprint, shapes, size, together),
         # the next step's micro-batches are made when the last backward pass is done
         "gradient step": with_gradient + max(_backward(config, footprint, shapes, size), micros),
         "previews": without + drawing,
@@ -202,12 +200,12 @@ def _micro_batches(config: RunConfig, shapes: Shapes, size: Size) -> int:
     return config.optim.accumulation * config.data.batch_size * each
 
 
-def _gathered(config: RunConfig, shapes: Shapes, parts: int, whole: bool) -> int:
-    """What a process holds of the others' parts: the block at work and the next one, or the whole model."""
-    if parts == 1:
+def _gathered(config: RunConfig, shapes: Shapes, whole: bool) -> int:
+    """What a process holds of the others' parts all the time: the whole model, or what is outside of its blocks."""
+    if not is_sharded(config.parallel):
         return 0
     number = NARROW if config.model.dtype == "bfloat16" else 4
-    return number * (_count(shapes.flow.module) if whole else 2 * shapes.largest_block)
+    return number * (_count(shapes.flow.module) - (0 if whole else sum(shapes.blocks)))
 
 
 def _reward_bytes(config: RunConfig, shapes: Shapes) -> int:
@@ -256,35 +254,68 @@ def _copy(config: RunConfig, footprint: Footprint, shapes: Shapes) -> int:
 def _forward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size, together: int = 1) -> int:
     """Activations of a forward pass without gradient, of so many micro-batches together."""
     wide = 1 if config.model.dtype == "bfloat16" else 2
-    tokens = together * config.data.batch_size * shapes.tokens(*size)
     expanded = 3 * shapes.largest_matrix if config.model.frozen_memory != "full" else 0
-    return wide * FORWARD * tokens * shapes.width + _narrow_copies(config, footprint) + expanded
+    return wide * FORWARD * together * _units(config, shapes, size) + _narrow_copies(config, footprint) + expanded
+
+
+def _calling(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size, together: int = 1) -> int:
+    """A forward pass without gradient, of a model in parts with the blocks that it gathers.
+
+    FSDP holds a block as it came until the next one has come, which takes as much again as it is copied.
+    """
+    activations = _forward(config, footprint, shapes, size, together)
+    if not is_sharded(config.parallel) or config.parallel.gathered != "layer":
+        return activations
+    block = (NARROW if config.model.dtype == "bfloat16" else 4) * max(shapes.blocks, default=0)
+    return max(activations + 2 * block, 3 * block)
+
+
+def _units(config: RunConfig, shapes: Shapes, size: Size) -> int:
+    """Numbers of a micro-batch's tokens between blocks, as far as this process works on them."""
+    return config.data.batch_size * shapes.tokens(*size) * shapes.width // config.parallel.context
 
 
 def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size) -> int:
     """What the gradient step holds at its peak: the decoder's backward pass, or that of a block of the model."""
-    model, batch = config.model, config.data.batch_size
+    model, units = config.model, _units(config, shapes, size)
     number, wide = (NARROW, 1) if model.dtype == "bfloat16" else (4, 2)
-    units = batch * shapes.tokens(*size) * shapes.width
     block = wide * BLOCK * units
     if model.recompute:
-        kept = number * units * shapes.blocks
+        kept = number * units * len(shapes.blocks)
         if model.frozen_memory != "full":
-            block += number * shapes.largest_block + 8 * shapes.largest_matrix
+            block += number * max(shapes.blocks, default=0) + 8 * shapes.largest_matrix
     else:
         kept = round(wide * _kept(config, shapes) * units) + _narrow_copies(config, footprint)
         if model.frozen_memory != "full":
             kept += round(number * EXPANDED * shapes.matrices)
     forward = kept + _narrow_copies(config, footprint)
-    return max(forward, kept + _decoding(config, shapes, size, True), kept + block)
+    return max(forward, kept + _decoding(config, shapes, size, True), _block_backward(config, shapes, kept, block))
+
+
+def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int) -> int:
+    """A block's backward pass, which takes `block` for activations; those before it are `kept` for theirs.
+
+    In a model in parts the block and the next one are gathered (parallel.gathered=step has counted them), its own
+    gradients come to be as activations go, and those of the one before are on their way in float32.
+    """
+    if not is_sharded(config.parallel):
+        return kept + block
+    number = NARROW if config.model.dtype == "bfloat16" else 4
+    fetched = 0 if config.parallel.gathered == "step" else 2 * number
+    gradients, sent = (0, 0) if config.lora.rank else (number, 4)
+    beside = [
+        kept * place // len(shapes.blocks) + max(block, gradients * count) + (fetched + sent) * count
+        for place, count in enumerate(shapes.blocks, 1)
+    ]
+    return max(beside, default=kept + block)
 
 
 def _kept(config: RunConfig, shapes: Shapes) -> float:
     """Bytes for each token and unit of width of all blocks, where nothing is recomputed."""
     if not config.lora.rank:
-        return KEPT_WHOLE * shapes.blocks
+        return KEPT_WHOLE * len(shapes.blocks)
     inputs = sum(columns for _, columns in target_shapes(shapes.flow, config.lora).values())
-    return KEPT * shapes.blocks + KEPT_INPUT * inputs / max(1, shapes.width)
+    return KEPT * len(shapes.blocks) + KEPT_INPUT * inputs / max(1, shapes.width)
 
 
 def _decoding(config: RunConfig, shapes: Shapes, size: Size, gradient: bool) -> int:
