@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_config
+from toy_run import SETTINGS
 
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.files import write_atomic
@@ -262,7 +263,7 @@ def test_the_projects_own_scripts_are_these_for_any_run(tmp_path):
 
 
 def test_train_sh_trains_also_where_the_folder_was_moved_to(tmp_path):
-    folder, _ = run(tmp_path)
+    folder, _ = run(tmp_path, **SETTINGS)
     moved = tmp_path / "elsewhere" / folder.name
     moved.parent.mkdir()
     folder.rename(moved)
