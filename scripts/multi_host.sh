@@ -1,16 +1,18 @@
 #!/bin/bash
 # Trains on several machines. Either from one of them, which starts the others by pdsh and ssh, in the same folder and
-# with what is set of NCCL_*, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, HF_HOME, COMFYUI_PATH, PYTHON and PROJECT:
+# with what is set of NCCL_*, GLOO_SOCKET_IFNAME, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, HF_HOME, COMFYUI_PATH, PYTHON
+# and PROJECT:
 #   HOSTS=first,second bash scripts/multi_host.sh RUN
 # or by running it on every machine at about the same time, with the same numbers but for NODE_RANK:
 #   NNODES          how many machines there are                              (or HOST_NUM)
-#   NODE_RANK       which of them this one is: 0, 1, ...                     (or INDEX)
+#   NODE_RANK       which of them this one is: 0, 1, ...; on each another    (or INDEX)
 #   NPROC_PER_NODE  processes on each machine, one for each GPU              (or HOST_GPU_NUM)
 #   MASTER_ADDR     name or address of machine 0, as the others reach it     (or CHIEF_IP)
 #   MASTER_PORT     a port on machine 0 that is free and that no firewall closes
 # The rendezvous: torchrun on machine 0 listens at MASTER_ADDR:MASTER_PORT, the others' come to it, and training begins
 # when all are there; until then, each waits for the others. From then on processes talk to each other directly, over
-# InfiniBand where NCCL finds it: NCCL_SOCKET_IFNAME names the network, NCCL_DEBUG=INFO says what was found.
+# InfiniBand where NCCL finds it: NCCL_SOCKET_IFNAME names the network (GLOO_SOCKET_IFNAME that of what goes between
+# CPUs), NCCL_DEBUG=INFO says what was found.
 # The run's folder, the models and this program must be at the same paths on all machines. Only machine 0 writes
 # previews and curves; of a model in parts (parallel.strategy), every process writes its part of a checkpoint.
 set -euo pipefail
@@ -37,7 +39,8 @@ fi
 MASTER_ADDR="${MASTER_ADDR:-${CHIEF_IP:-$HOST}}"
 if [ -n "${HOSTS:-}" ] && [ -z "$NODE_RANK" ]; then
     given=(NNODES="$COUNT" MASTER_ADDR="$MASTER_ADDR" MASTER_PORT="$MASTER_PORT" NPROC_PER_NODE="$NPROC_PER_NODE")
-    for name in "${!NCCL_@}" CUDA_VISIBLE_DEVICES OMP_NUM_THREADS HF_HOME COMFYUI_PATH PYTHON PROJECT; do
+    names=(GLOO_SOCKET_IFNAME CUDA_VISIBLE_DEVICES OMP_NUM_THREADS HF_HOME COMFYUI_PATH PYTHON PROJECT)
+    for name in "${!NCCL_@}" "${names[@]}"; do
         [ -z "${!name+set}" ] || given+=("$name=${!name}")
     done
     folder="$(printf %q "$(pwd)")"  # ssh begins in the home folder, with hardly any environment
@@ -47,8 +50,9 @@ if [ -n "${HOSTS:-}" ] && [ -z "$NODE_RANK" ]; then
 fi
 NNODES="${NNODES:-${HOST_NUM:-$COUNT}}"
 NPROC_PER_NODE="${NPROC_PER_NODE:-$PROCESSES}"
-NODE_RANK="${NODE_RANK:-0}"
 : "${NNODES:?is not set, nor HOST_NUM: say how many machines there are, or name them all in HOSTS}"
+[ "$NNODES" -gt 1 ] || NODE_RANK="${NODE_RANK:-0}"
+: "${NODE_RANK:?is not set, nor INDEX: say which of NNODES=$NNODES machines this is (0, 1, ...) or name all in HOSTS}"
 if [ "$NODE_RANK" -ge "$NNODES" ]; then
     echo "NODE_RANK=$NODE_RANK: of NNODES=$NNODES machines the last one is $((NNODES - 1))" >&2
     exit 1

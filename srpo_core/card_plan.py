@@ -9,11 +9,12 @@ import torch
 
 from srpo_core.checks import check_sharing, device_memory, footprint_of
 from srpo_core.config import ConfigError, ModelConfig, RunConfig
+from srpo_core.description import with_changes
 from srpo_core.devices import choose_device
 from srpo_core.duration import count_work, expected_phases, matmul_rate
 from srpo_core.estimate import Estimate, Shapes, estimate, shapes_of
 from srpo_core.files import size_text
-from srpo_core.fitting import what_would_fit, with_changes
+from srpo_core.fitting import what_would_fit
 from srpo_core.interfaces import Components
 from srpo_core.models import load_model, published_shapes
 from srpo_core.sharding import is_sharded

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from srpo_core.config import ConfigError, RunConfig
+from srpo_core.description import with_changes
 from srpo_core.errors import enough_memory
 from srpo_core.interfaces import Components, TrainableFlow
 from srpo_core.lora import check_start, read_start, target_shapes
@@ -188,7 +189,7 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     footprint = footprint_of(config, flow)
     total, least = device_memory(device), footprint.least_bytes(config)
     if total is not None and least > total:
-        way_out = _fewer_bits(config, footprint, total)
+        way_out = _way_out(config, footprint, total)
         raise ConfigError(
             f"lora.rank={config.lora.rank}: weights, gradients and optimizer alone take {least / 2**30:.1f} GiB,"
             f" {device} has {total / 2**30:.1f} GiB; {way_out}"
@@ -196,22 +197,41 @@ def check_fit(config: RunConfig, flow: TrainableFlow, inputs: Inputs, device: to
     return footprint
 
 
-def _fewer_bits(config: RunConfig, footprint: Footprint, total: int) -> str:
+def _way_out(config: RunConfig, footprint: Footprint, total: int) -> str:
     """What to do about weights, gradients and optimizer that take more than there is."""
-    if config.lora.rank:
-        return "a larger device is needed"
-    narrow, settings = config.model_copy(deep=True), "optim.states=8bit"
-    narrow.optim.states = "8bit"
-    if config.model.dtype == "bfloat16":
-        narrow.model.trained_memory, settings = "bfloat16", f"model.trained_memory=bfloat16 {settings}"
-    least = footprint.least_bytes(narrow)
-    if config.parallel.strategy != "replicate" or least >= total:
-        return "train a LoRA (lora.rank=16)"
-    return f"hold them in fewer bits ({settings}: {least / 2**30:.1f} GiB), or train a LoRA (lora.rank=16)"
+    ways = []
+    for what, change in (("hold them in fewer bits", _fewer_bits(config)), ("share them out", in_parts(config))):
+        least = footprint.least_bytes(with_changes(config, change))
+        if change and least < total:
+            settings = " ".join(f"{name}={value}" for name, value in change.items())
+            ways.append(f"{what} ({settings}: {least / 2**30:.1f} GiB)")
+    if not config.lora.rank:
+        ways.append("train a LoRA (lora.rank=16)")
+    return ", or ".join(ways) or "a larger device is needed"
 
 
-def narrowed(config: RunConfig) -> dict[str, object]:
-    """Settings by their names with sections, that have other values than WHOLE says."""
+def _fewer_bits(config: RunConfig) -> dict[str, object]:
+    """Settings that hold all trained weights in the fewest bits; none for a LoRA or a model in parts."""
+    if config.lora.rank or config.parallel.strategy != "replicate":
+        return {}
+    weights = {"model.trained_memory": "bfloat16"} if config.model.dtype == "bfloat16" else {}
+    return weights | {"optim.states": "8bit"}
+
+
+def in_parts(config: RunConfig) -> dict[str, object]:
+    """Settings with which several processes hold a part of the model each; none where one alone has it, or they do."""
+    if config.parallel.strategy != "replicate" or config.parallel.processes * config.parallel.nodes == 1:
+        return {}
+    return {"parallel.strategy": "shard", **{name: WHOLE[name] for name in _narrowed(config)}}
+
+
+def misplaced(config: RunConfig) -> dict[str, object]:
+    """Settings, by their names with sections, that a model in parts can't have and this one in parts has."""
+    return _narrowed(config) if config.parallel.strategy != "replicate" else {}
+
+
+def _narrowed(config: RunConfig) -> dict[str, object]:
+    """Settings that have other values than WHOLE says."""
     values = {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in WHOLE}
     return {name: value for name, value in values.items() if value != WHOLE[name]}
 
@@ -219,7 +239,7 @@ def narrowed(config: RunConfig) -> dict[str, object]:
 def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[int, int]]) -> None:
     """ConfigError if settings of several processes don't go together, or with the model and the sizes of pictures."""
     parallel = config.parallel
-    for name, value in narrowed(config).items() if parallel.strategy != "replicate" else ():
+    for name, value in misplaced(config).items():
         raise ConfigError(
             f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
             f" {name}={WHOLE[name]} or parallel.strategy=replicate"

@@ -167,6 +167,15 @@ def make_config(data: dict[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error)) from error
 
 
+def with_changes(config: RunConfig, changes: Mapping[str, object]) -> RunConfig:
+    """The run with some settings changed, given by their names with sections."""
+    data = config.model_dump()
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        data[section][key] = value
+    return make_config(data)
+
+
 def load_run(source: str, overrides: Sequence[str] = (), sha256: str | None = None) -> RunConfig:
     """A preset's name or a .yaml/.json file, with overrides such as "optim.lr=1e-5".
 

@@ -1,8 +1,10 @@
 """How long a run takes: by its own steps where it has some, else by arithmetic over what the device can do.
 
 Arithmetic: the operations of a step, counted on the models' outlines, over the rate of a matrix product that is tried
-on the device, times the share of it that runs have shown (scripts/results/memory.json), and the time that starting
-operations takes on a GPU. It is right to a factor of about one and a half: say "about".
+on the device, times the share of it that runs have shown. A GPU works while the host starts what comes next, so a small
+pass takes as long as starting its operations; what a LoRA and matrices in fewer bits add comes on top. The numbers are
+fitted to steps of FLUX.1-dev's shapes on an H100 and an H200 (scripts/results/memory.json, bench_step.json), whole ones
+within 15 %. Equal steps differed by a third on a busy host: say "about".
 """
 
 from __future__ import annotations
@@ -28,16 +30,22 @@ from srpo_core.training_data import sources
 PROBE_SIDE = {"cuda": 4096, "mps": 4096, "cpu": 1024}
 """Sides of the matrices that a device is tried with: a few milliseconds of work and 100 MB at most."""
 PROBE_SECONDS, PROBE_TRIES = 0.2, 5
-SHARE = {"cuda": 0.5, "mps": 0.4, "cpu": 0.42}
+SHARE = {"cuda": 0.46, "mps": 0.4, "cpu": 0.42}
 """Of that rate, in a model's forward and backward passes."""
-DECODER_SHARE = {"cuda": 0.12, "mps": 0.12, "cpu": 0.55}
-BLOCK_SECONDS, LAYER_SECONDS = 1.8e-3, 0.13e-3
-"""What starting a GPU's many small operations takes in a forward pass, for each block and each layer with a LoRA."""
-BACKWARD = 3
+DECODER_SHARE = {"cuda": 0.06, "mps": 0.12, "cpu": 0.55}
+BLOCK_SECONDS = 1.85e-3
+"""What starting a block's operations on a GPU takes in a forward pass, while those before it run."""
+LORA_SECONDS, UNPACK_SECONDS = 0.32e-3, 0.63e-3
+"""What a forward pass on a GPU takes longer for a layer's LoRA, and for a block whose frozen matrices are unpacked."""
+UNPACKED = ("8bit", "4bit")
+"""Forms of model.frozen_memory whose numbers are made from their codes in each pass."""
+BACKWARD = 2
 """A backward pass starts so many times the operations of a forward pass."""
-COMPILED, FP8 = 0.7, 0.73
+AGAIN = {True: 1.0, "auto": 0.5, False: 0.0}
+"""How many forward passes are made again, by model.recompute; auto keeps what fits, of which nothing tells."""
+COMPILED, FP8 = 0.74, 0.855
 """What compiled blocks take of the others' time, and blocks with matrices in fp8 of that (H200)."""
-BANDWIDTH = 1.5e12
+BANDWIDTH = 2e12
 """Bytes a second that an optimizer on a GPU reads and writes."""
 DRIFT_PICTURES = 2
 RECENT = 20
@@ -129,11 +137,11 @@ def expected_pace(config: RunConfig, footprint: Footprint, work: Work, rate: flo
 def expected_phases(config: RunConfig, footprint: Footprint, work: Work, rate: float, kind: str) -> dict[str, float]:
     """Seconds of an optimizer step's phases; see `expected_pace`."""
     data, align, model, optim = config.data, config.align, config.model, config.optim
-    again = model.recompute is not False  # auto: as long as nothing tells how much is kept
+    again = AGAIN[model.recompute]
     passes = 2 + again + (not config.lora.rank)  # back to the input, and to weights that are trained
-    starting = _starting(config, footprint, work, kind)
-    aligned = passes * data.batch_size * work.forward / (rate * _share(config, kind))
-    aligned += (1 + BACKWARD + again) * starting
+    busy, started = passes * data.batch_size * work.forward / (rate * _share(config, kind)), 1 + again + BACKWARD
+    aligned = max(busy, started * _starting(config, work, kind))
+    aligned += started * _lora(config, footprint, kind) + (2 + again) * _unpacking(config, work, kind)
     aligned += (2 + again) * data.batch_size * work.decode / (rate * DECODER_SHARE.get(kind, 0.2))
     on_photos, on_prompts = sources(data, config.seed, optim.steps * optim.accumulation)
     calls = config.rollout.calls or config.rollout.num_steps
@@ -157,16 +165,26 @@ def _compiled(config: RunConfig, kind: str) -> bool:
     return config.model.compile and config.parallel.context == 1 and kind == "cuda"
 
 
-def _starting(config: RunConfig, footprint: Footprint, work: Work, kind: str) -> float:
+def _starting(config: RunConfig, work: Work, kind: str) -> float:
     """Seconds to start a forward pass's operations; few are left of compiled blocks."""
-    seconds = work.blocks * BLOCK_SECONDS + footprint.layers * LAYER_SECONDS if kind != "cpu" else 0.0
-    return 0.0 if _compiled(config, kind) else seconds
+    return 0.0 if kind == "cpu" or _compiled(config, kind) else work.blocks * BLOCK_SECONDS
+
+
+def _lora(config: RunConfig, footprint: Footprint, kind: str) -> float:
+    """Seconds that a LoRA adds to a forward pass; compiled, it is one with its layers."""
+    return 0.0 if kind == "cpu" or _compiled(config, kind) else footprint.layers * LORA_SECONDS
+
+
+def _unpacking(config: RunConfig, work: Work, kind: str) -> float:
+    """Seconds that frozen matrices in fewer bits add to a pass."""
+    return work.blocks * UNPACK_SECONDS if kind != "cpu" and config.model.frozen_memory in UNPACKED else 0.0
 
 
 def _forward(config: RunConfig, footprint: Footprint, work: Work, rate: float, kind: str, pictures: int) -> float:
     """Seconds of a forward pass."""
     busy = pictures * work.forward / (rate * _share(config, kind))
-    return busy + _starting(config, footprint, work, kind)
+    beside = _lora(config, footprint, kind) + _unpacking(config, work, kind)
+    return max(busy, _starting(config, work, kind)) + beside
 
 
 def own_pace(run_dir: Path | str, preview_prompts: int) -> Pace | None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from srpo_core.checks import WHOLE, narrowed
+from srpo_core.checks import in_parts, misplaced
 from srpo_core.config import ConfigError, RunConfig
-from srpo_core.description import make_config
+from srpo_core.description import with_changes
 from srpo_core.estimate import Shapes, beside, estimate, shapes_of
 from srpo_core.files import size_text
 from srpo_core.interfaces import Components, TrainableFlow
@@ -27,8 +27,7 @@ Change = Mapping[str, object]
 def smaller_settings(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
     """Changes that take less memory, each by itself, the one that costs least first; of a model in parts those alone
     that it can have."""
-    in_parts = config.parallel.strategy != "replicate"
-    yield from (change for change in _changes(config, shapes) if not in_parts or not WHOLE.keys() & change.keys())
+    yield from (change for change in _changes(config, shapes) if _changed(config, change) is not None)
 
 
 def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
@@ -40,12 +39,8 @@ def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
         yield {"model.recompute": "auto"}
     if data.batch_size > 1:  # as many pictures a step
         yield {"data.batch_size": 1, "optim.accumulation": config.optim.accumulation * data.batch_size}
-    if (
-        config.parallel.processes * config.parallel.nodes > 1
-        and config.parallel.strategy == "replicate"
-        and not lora.rank
-    ):
-        yield {"parallel.strategy": "shard", **{name: WHOLE[name] for name in narrowed(config)}}
+    if (spread := in_parts(config)) and not lora.rank:
+        yield spread
     yield from _narrower(config)
     if is_sharded(config.parallel) and not config.parallel.offload:
         yield {"parallel.offload": True}
@@ -116,15 +111,6 @@ def _takes(flow: TrainableFlow, side: int) -> bool:
     return True
 
 
-def with_changes(config: RunConfig, changes: Change) -> RunConfig:
-    """The run with some settings changed, given by their names with sections."""
-    data = config.model_dump()
-    for name, value in changes.items():
-        section, _, key = name.partition(".")
-        data[section][key] = value
-    return make_config(data)
-
-
 def what_would_fit(config: RunConfig, shapes: Shapes, free: int) -> tuple[str, ...]:
     """Lines "setting=value: peak" of changes with which the run fits into `free` bytes of a card, cheapest first.
 
@@ -182,12 +168,20 @@ def _smaller(config: RunConfig, shapes: Shapes) -> Iterator[tuple[Change, int]]:
 
 def _on_card(config: RunConfig, shapes: Shapes, changes: Change) -> int | None:
     """What the changed run takes of a card; None where the changes don't go together."""
+    changed = _changed(config, changes)
     try:
-        changed = with_changes(config, changes)
-        in_parts = changed.parallel.strategy != "replicate"
-        return None if in_parts and narrowed(changed) else estimate(changed, shapes).on_card
+        return None if changed is None else estimate(changed, shapes).on_card
     except ConfigError:
         return None
+
+
+def _changed(config: RunConfig, changes: Change) -> RunConfig | None:
+    """The changed run; None where the changes don't go together."""
+    try:
+        changed = with_changes(config, changes)
+    except ConfigError:
+        return None
+    return None if misplaced(changed) else changed
 
 
 def _line(changes: Change, size: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-import conftest  # noqa: F401 (one thread, and the first import of srpo_core)
+import conftest  # one thread, and the first import of srpo_core
 import torch
 from PIL import Image
 from tiny import PROMPTS, encode_text, tiny_config, weights_hash
@@ -190,6 +190,7 @@ def encodes_once(world: World, folder: Path) -> None:
 
 def main() -> None:
     folder, world = Path(sys.argv[1]), divided_world(ParallelConfig(device="cpu"))
+    conftest.keep_imports()
     with world.joined():
         exchanges(world)
         averages(world)

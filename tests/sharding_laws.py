@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import conftest  # noqa: F401 (one thread, and the first import of srpo_core)
+import conftest  # one thread, and the first import of srpo_core
 import torch
 from parallel_laws import full, raised, trainer_of
 from safetensors.torch import save_file
@@ -293,6 +293,7 @@ def survives_a_failed_preview(folder: Path) -> None:
 
 def main() -> None:
     folder, world = Path(sys.argv[1]), training_world(ParallelConfig(device="cpu", strategy="shard"))
+    conftest.keep_imports()
     with world.joined():
         if world.size == 2:
             saves(learns(folder / "full", "shard"), folder / "full" / "saved")

@@ -3,13 +3,14 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srpo_core.best_of import best_note, best_of, best_rows, kept_shape, seeds_of
 from srpo_core.config import ConfigError
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.integers(1, 40))
 def test_what_is_kept_is_the_highest_and_in_order(scores, keep):
     order = best_of(scores, keep)

@@ -32,7 +32,7 @@ def start(*arguments, cwd, **environment):
     """Run a command in its own process, away from the project and without its tests on the path."""
     env = {**os.environ, "PYTHONPATH": "", **environment}
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
 
 

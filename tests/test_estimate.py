@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +15,21 @@ from tiny import load, tiny_config
 from torch import nn
 
 from srpo_core import fitting
-from srpo_core.checks import WHOLE, check_sharing, footprint_of
+from srpo_core.checks import WHOLE, Footprint, check_sharing, footprint_of
 from srpo_core.config import ModelConfig, RunConfig
-from srpo_core.description import load_run
-from srpo_core.duration import Pace, Work, count_work, expected_pace, matmul_rate, own_pace, run_seconds
+from srpo_core.description import load_run, with_changes
+from srpo_core.duration import (
+    Pace,
+    Work,
+    count_work,
+    expected_pace,
+    expected_phases,
+    matmul_rate,
+    own_pace,
+    run_seconds,
+)
 from srpo_core.estimate import CONTEXT, WORKSPACE, Shapes, estimate, shapes_of
-from srpo_core.fitting import LARGER, less_memory, memory_advice, smaller_settings, what_would_fit, with_changes
+from srpo_core.fitting import LARGER, less_memory, memory_advice, smaller_settings, what_would_fit
 from srpo_core.interfaces import Components
 from srpo_core.models.flux import FluxFlow, ImageAutoencoder
 from srpo_core.weights.loading import empty_parameters
@@ -140,17 +151,65 @@ def test_all_weights_on_a_card_of_80_gb_are_predicted(shapes, monkeypatch):
     assert guess.peak / GIB == pytest.approx(row["peak_gib"], rel=0.01)
 
 
-def test_the_pace_of_the_bench_is_predicted(shapes, full_size):
-    """Seconds of a step on an H100, by arithmetic, against those measured: within a quarter."""
-    rows = json.loads((RESULTS / "memory.json").read_text())["rows"]
-    for name in ("LoRA 32 all, 720", "24 GB preset, 1024", "not recomputed, LoRA 32 all, 512"):
-        row = rows[name]
-        config = preset("flux-dev-lora", "optim.accumulation=1", "rollout.num_steps=6", *row["settings"])
+UNLIKE = {"all weights of 3 + 4 blocks, 512": 0.5, "flux-dev-lora, 720 x 720": 0.25}
+"""Steps that are further from what is predicted than others: the host's time is most of the first, and the other took
+a third longer than the same at other times."""
+
+
+def timed_steps() -> Iterator[tuple[str, RunConfig, float, dict[str, float]]]:
+    """(name, settings, operations a second of a matrix product, seconds by phase) of all steps that records tell of."""
+
+    def read(name: str, key: str) -> dict | list:
+        return json.loads((RESULTS / name).read_text())[key]
+
+    def described(base: str, settings: Iterable[str] = ()) -> RunConfig:
+        ours = [word for word in settings if not word.startswith(("model.family=", "model.attention="))]
+        return preset(base, "optim.accumulation=1", *ours)
+
+    rates = []
+    for name, row in read("memory.json", "rows").items():
+        rates.append(row["matmul_tflops"])
+        yield name, described("flux-dev-lora", ["rollout.num_steps=6", *row["settings"]]), rates[-1], row["seconds"]
+    for run in read("full_size.json", "runs"):  # on the same card
+        if "seconds_of_last_step" in run:
+            name = run["what"].removeprefix("srpo train ")
+            yield name, described(name.split(",")[0]), statistics.median(rates), run["seconds_of_last_step"]
+    rows = read("bench_step.json", "rows")
+    ceilings = [row["ceilings_tflop_per_second"]["bf16"] for row in rows.values() if "floor_seconds" in row]
+    for name, row in rows.items():
+        if "seconds" in row:
+            config = described("flux-dev-exact", row["settings"].split())
+            yield name, config, statistics.median(ceilings), row["seconds"]
+
+
+def test_the_seconds_of_measured_steps_are_predicted(shapes, full_size):
+    """On an H100 and an H200, eager and compiled, all weights and LoRAs: whole steps within 15 %, on the H200, where
+    they are medians of four, their phases too."""
+    short, works, names = FullSize(3, 4), {}, []
+    for name, config, tflops, measured in timed_steps():
+        model, of = (short, shapes_of(config, short)) if "3 + 4" in name else (full_size, shapes)
+        key = (model is short, config.data.height)
+        works[key] = works.get(key) or count_work(config, model)
+        told = expected_phases(config, footprint_of(config, of.flow), works[key], tflops * 1e12, "cuda")
+        names.append(name)
+        ours = sum(told[phase] for phase in ("rollout", "gradient step", "optimizer"))
+        theirs = sum(measured[phase] for phase in ("rollout", "gradient", "optimizer"))
+        assert ours == pytest.approx(theirs, rel=UNLIKE.get(name, 0.15)), name
+        for phase, of in (("rollout", "rollout"), ("gradient step", "gradient")) if "step" in measured else ():
+            assert told[phase] == pytest.approx(measured[of], rel=0.15), (name, phase)
+    assert len(names) == 20 and UNLIKE.keys() < set(names)
+
+
+def test_a_pass_takes_as_long_as_its_start_or_its_work(full_size):
+    """On a GPU of twice the rate large pictures take half as long, and small ones as long as before."""
+
+    def rollout(side: int, rate: float) -> float:
+        config = preset("flux-dev-exact", f"data.height={side}", f"data.width={side}", "optim.accumulation=1")
         work = count_work(config, full_size)
-        footprint = footprint_of(config, shapes.flow)
-        pace = expected_pace(config, footprint, work, row["matmul_tflops"] * 1e12, "cuda")
-        measured = sum(row["seconds"][phase] for phase in ("rollout", "gradient", "optimizer"))
-        assert pace.step == pytest.approx(measured, rel=0.25), name
+        return expected_phases(config, Footprint(0, 0, 0), work, rate, "cuda")["rollout"]
+
+    assert rollout(1024, 1e14) / rollout(1024, 2e14) == pytest.approx(2)
+    assert rollout(256, 8e14) == rollout(256, 16e14) > 0
 
 
 def test_only_what_is_compiled_is_faster_for_it(shapes, full_size):

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from tiny import tiny_config
@@ -210,10 +209,10 @@ def test_the_cpu_is_shared_by_hand_and_not_in_the_background(tmp_path, processes
 
 def test_looking_takes_no_lock_away(tmp_path, processes):
     """Someone who looks all the time doesn't keep a run from its device."""
-    look = "from srpo_core import device_locks\nwhile True: device_locks.holder('GPU-x')"
-    looker = subprocess.Popen([sys.executable, "-c", look])
+    look = "from srpo_core import device_locks\nprint('looks', flush=True)\nwhile True: device_locks.holder('GPU-x')"
+    looker = subprocess.Popen([sys.executable, "-c", look], stdout=subprocess.PIPE, text=True)
     try:
-        time.sleep(1)
+        assert looker.stdout.readline() == "looks\n"
         for _ in range(20):
             with device_locks.held(ParallelConfig(), "GPU-x", tmp_path):
                 pass

@@ -25,7 +25,7 @@ def ranks_of(state):
 
 
 def gone(processes):
-    return not psutil.wait_procs(processes, timeout=20)[1]
+    return not psutil.wait_procs(processes, timeout=LIMIT)[1]
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])

@@ -113,11 +113,21 @@ def test_a_device_that_cannot_hold_the_weights_is_refused_before_they_are_read(f
     [
         ("model.dtype=float32", "hold them in fewer bits (optim.states=8bit: 111.2 GiB), or train a LoRA"),
         ("parallel.strategy=shard", "GiB; train a LoRA (lora.rank=16)"),
+        ("parallel.processes=2", "66.9 GiB), or share them out (parallel.strategy=shard: 88.7 GiB), or train a LoRA"),
+        (
+            "parallel.processes=2 model.dtype=float32 optim.states=8bit optim.ema_decay=0.9",
+            "GiB; share them out (parallel.strategy=shard optim.states=float32: 110.8 GiB), or train a LoRA",
+        ),
+        (
+            "parallel.processes=2 model.dtype=float32 lora.rank=1024 optim.ema_decay=0.9",
+            "GiB; share them out (parallel.strategy=shard: 100.1 GiB)\n",
+        ),
+        ("model.dtype=float32 lora.rank=1024 optim.ema_decay=0.9", "GiB; a larger device is needed"),
     ],
 )
 def test_what_is_advised_goes_with_the_other_settings(files, tmp_path, monkeypatch, capsys, setting, told):
     monkeypatch.setattr(checks, "device_memory", lambda device: 120 * 2**30)
-    assert main(["train", "flux-dev-exact", *files, f"output.dir={tmp_path / 'run'}", setting, "--check"]) == 2
+    assert main(["train", "flux-dev-exact", *files, f"output.dir={tmp_path / 'run'}", *setting.split(), "--check"]) == 2
     assert told in capsys.readouterr().err
 
 

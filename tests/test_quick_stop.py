@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from background_runs import LIMIT
 from tiny import tiny_config, weights_hash
+from toy_run import SETTINGS as TOY
 
 from srpo_core import launch
 from srpo_core.assemble import assemble
@@ -154,15 +156,12 @@ def test_work_that_loses_nothing_ends_anywhere():
 
 SLOW = """
 import time
-import tiny
+import toy_run
 
 def load(config, device):
-    components = tiny.load(config, device)
+    components = toy_run.load(config, device)
     components.text_encoder = lambda prompts: time.sleep(3600)
     return components
-
-class Reward(tiny.ColourReward):
-    pass
 
 def load_reward(config, device):
     for _ in range(360000):
@@ -178,7 +177,9 @@ def load_reward(config, device):
 def test_loading_and_encoding_are_left_at_once(tmp_path, what, how):
     (tmp_path / "slow.py").write_text(SLOW)
     folder, name = tmp_path / "run", {"model__family": "slow:load", "reward__name": "slow:load_reward"}[what]
-    (tmp_path / "run.json").write_text(tiny_config(folder, **{what: name}).model_dump_json())
+    section, _, key = what.partition("__")
+    settings = TOY | {section: TOY[section] | {key: name}}
+    (tmp_path / "run.json").write_text(tiny_config(folder, **settings).model_dump_json())
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
     process = subprocess.Popen(
         [sys.executable, str(launch.MAIN), "train", str(tmp_path / "run.json")],
@@ -192,7 +193,7 @@ def test_loading_and_encoding_are_left_at_once(tmp_path, what, how):
             ask_to_stop(folder)
         else:
             process.terminate()
-        assert process.wait(timeout=120) == 3
+        assert process.wait(timeout=LIMIT) == 3
         assert "stopped before a step was trained" in process.stdout.read()
         assert read_state(folder).status == "stopped"
         assert not (folder / "stop").exists()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from background_runs import LIMIT
 from tiny import tiny_config, weights_hash
 
 from srpo_core.assemble import assemble
@@ -220,29 +221,51 @@ def test_a_second_signal_aborts_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+TRAIN = """
+import sys, time, torch
+from pathlib import Path
+from srpo_core.assemble import assemble
+from srpo_core.description import load_run
+
+torch.set_num_threads(1)
+trainer, asked, held = assemble(load_run(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
+learn = trainer.learner.step
+
+def step(current, clock):
+    while current == held and not asked.exists():
+        time.sleep(0.01)
+    return learn(current, clock)
+
+trainer.learner.step = step
+sys.exit(0 if trainer.train(resume=bool(sys.argv[4])).finished else 3)
+"""
+
+
 def start(run_dir: Path, resume: bool) -> subprocess.Popen:
-    """A training process on the tiny family."""
+    """A training process on the tiny family, which waits at step HELD until it has been asked to stop."""
     tests = Path(__file__).parent
-    code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from srpo_core.assemble import assemble; from srpo_core.description import load_run\n"
-        f"sys.exit(0 if assemble(load_run(sys.argv[1])).train(resume={resume}).finished else 3)"
-    )
     settings = run_dir.with_suffix(".json")
     settings.write_text(json.dumps(tiny_config(run_dir, **KILLED).model_dump()))
     path = os.pathsep.join([str(tests), str(tests.parent)])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, str(settings)], env=environment, stdout=subprocess.DEVNULL)
+    words = [str(settings), str(asked_of(run_dir)), str(HELD), "resume" if resume else ""]
+    return subprocess.Popen([sys.executable, "-c", TRAIN, *words], env=environment, stdout=subprocess.DEVNULL)
+
+
+def asked_of(run_dir: Path) -> Path:
+    """The file that tells a training process that a signal has been sent."""
+    return run_dir.with_suffix(".asked")
 
 
 def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LIMIT
     while not any(line["step"] >= step for line in read_metrics(run_dir)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
 
 
-KILLED = {"optim__steps": 40, "optim__ema_decay": 0.9, "output__checkpoint_every": 1, "output__preview_every": 0}
+HELD = 18
+KILLED = {"optim__steps": 20, "optim__ema_decay": 0.9, "output__checkpoint_every": 1, "output__preview_every": 0}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -258,9 +281,10 @@ def test_kill_minus_nine_and_sigterm_lose_nothing(tmp_path):
     assert int(latest(run_dir).name[-6:]) >= done - 1
 
     process = start(run_dir, resume=True)
-    wait_for_step(process, run_dir, 15)
+    wait_for_step(process, run_dir, 12)
     process.terminate()
-    assert process.wait(timeout=60) == 3
+    asked_of(run_dir).touch()
+    assert process.wait(timeout=LIMIT) == 3
     assert int(latest(run_dir).name[-6:]) == len(read_metrics(run_dir))
 
     resumed = assemble(tiny_config(run_dir, **KILLED))

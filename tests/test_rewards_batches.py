@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srpo_core.rewards.batches import in_batches
@@ -26,6 +26,7 @@ def pictures(count):
     return torch.arange(float(count)).view(count, 1, 1, 1).expand(count, 3, 2, 2)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 10))
 def test_the_values_are_those_of_one_call(count, wordings, size):
     prompts = [str(number) for number in range(count * wordings)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_config
+from toy_run import SETTINGS
 
 from srpo_core.checkpoint import list_checkpoints
 from srpo_core.files import write_atomic
@@ -55,7 +56,7 @@ def test_the_numbers_reach_torchrun(tmp_path):
     assert "--standalone --nproc-per-node=2" in told
     assert told.endswith(f"train {folder} --resume parallel.processes=2 parallel.nodes=1 optim.steps=8")
     assert "torch.distributed" not in said(train, NPROC_PER_NODE="1")
-    told = said(hosts)
+    told = said(hosts, NODE_RANK="0")
     assert "--nnodes=2 --node-rank=0 --nproc-per-node=2 --master-addr=10.0.0.5 --master-port=29501" in told
     told = said(hosts, NNODES="3", NODE_RANK="2", NPROC_PER_NODE="4", MASTER_ADDR="first", MASTER_PORT="1234")
     assert "--nnodes=3 --node-rank=2 --nproc-per-node=4 --master-addr=first --master-port=1234" in told
@@ -156,6 +157,10 @@ def test_no_machine_waits_for_one_that_it_cannot_know(tmp_path):
         project, "flux-dev", NODE_RANK="1", MASTER_ADDR="first", COUNT="2"
     )
     for script, words in ((project, ["flux-dev"]), (hosts, [])):
+        for more in ({}, {"MASTER_ADDR": "first"}, {"NNODES": "3", "CHIEF_IP": "first", "NODE_RANK": ""}):
+            told = refused(script, *words, **{"NNODES": "2"} | more)  # on every machine the same line
+            count = more.get("NNODES", "2")
+            assert f"NODE_RANK: is not set, nor INDEX: say which of NNODES={count} machines this is" in told
         for number in ("NODE_RANK", "INDEX"):
             told = refused(script, *words, NNODES="2", HOST="first", **{number: "1"})
             assert "MASTER_ADDR: is not set, nor CHIEF_IP: say by which name" in told
@@ -165,7 +170,8 @@ def test_no_machine_waits_for_one_that_it_cannot_know(tmp_path):
 
 def test_a_machine_knows_what_it_can(tmp_path):
     _, (_, hosts, _) = run(tmp_path, parallel={"processes": 2, "nodes": 2})
-    assert "--nnodes=2 --node-rank=0" in said(hosts)
+    assert "--nnodes=2 --node-rank=0" in said(hosts, INDEX="0")
+    assert "--nnodes=1 --node-rank=0" in said(hosts, NNODES="1")
     assert "--nnodes=3 --node-rank=1 --nproc-per-node=2 --master-addr=a" in said(hosts, HOSTS="a,b,c", NODE_RANK="1")
     _, (_, hosts, _) = run(tmp_path, parallel={"nodes": 2, "node_rank": 1, "rendezvous": "10.0.0.5:29501"})
     assert "--node-rank=1 --nproc-per-node=1 --master-addr=10.0.0.5 --master-port=29501" in said(hosts)
@@ -220,6 +226,7 @@ def test_the_others_start_in_this_folder_with_what_is_set_here(tmp_path):
     python.chmod(0o755)
     values = {
         "PYTHON": str(python), "PROJECT": "/a/project of 50%n", "NCCL_SOCKET_IFNAME": "=eth 0", "NCCL_DEBUG": "INFO",
+        "GLOO_SOCKET_IFNAME": "eth1,eth2",
         "HF_HOME": "/models $(touch x)", "COMFYUI_PATH": "", "CUDA_VISIBLE_DEVICES": "1,0", "OMP_NUM_THREADS": "3",
     }  # fmt: skip
     script = Path(__file__).parents[1] / "scripts" / "multi_host.sh"
@@ -235,7 +242,7 @@ def test_the_others_start_in_this_folder_with_what_is_set_here(tmp_path):
     lines = told(**values)
     for line in (str(place), str(python), *(f"{name}={value}" for name, value in values.items())):
         assert lines.count(line) == 2, line
-    assert not [line for line in told() if line.startswith(("NCCL_", "HF_HOME=", "COMFYUI_", "CUDA_"))]
+    assert not [line for line in told() if line.startswith(("NCCL_", "GLOO_", "HF_HOME=", "COMFYUI_", "CUDA_"))]
     assert not list(tmp_path.rglob("x"))
 
 
@@ -262,7 +269,7 @@ def test_the_projects_own_scripts_are_these_for_any_run(tmp_path):
 
 
 def test_train_sh_trains_also_where_the_folder_was_moved_to(tmp_path):
-    folder, _ = run(tmp_path)
+    folder, _ = run(tmp_path, **SETTINGS)
     moved = tmp_path / "elsewhere" / folder.name
     moved.parent.mkdir()
     folder.rename(moved)

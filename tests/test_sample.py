@@ -317,7 +317,7 @@ def torchrun(processes, *arguments):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "srpo_core" / "__main__.py"), *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT,
+        capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
