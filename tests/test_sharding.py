@@ -124,24 +124,21 @@ def test_a_killed_process_of_a_sharded_run_ends_it(tmp_path):
     assert f"the last good checkpoint is {latest(folder)}" in state.error
 
 
-def test_a_process_killed_while_all_write_a_checkpoint_ends_the_run(tmp_path):
-    """Others wait for it inside torch.distributed.checkpoint."""
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("toy_run:load_broken", "rank 1 of 2: ValueError: broken"),  # inside the model
+        ("toy_run:load_killed", "another process of this run is gone"),  # inside torch.distributed.checkpoint
+    ],
+)
+def test_what_ends_one_process_where_others_wait_for_it_is_told(tmp_path, family, told):
     folder = tmp_path / "run"
-    killed = SETTINGS["model"] | {"family": "toy_run:load_killed"}
-    launch.start(tiny_config(folder, **SETTINGS | {"model": killed}, parallel=SHARDED))
+    settings = SETTINGS | {"model": SETTINGS["model"] | {"family": family}}
+    launch.start(tiny_config(folder, **settings, parallel=SHARDED))
     state = until(folder, ended)
     assert state.status == "failed"
-    assert "another process of this run is gone" in state.error
+    assert told in state.error
     assert "there is no checkpoint yet" in state.error and latest(folder) is None
-
-
-def test_what_ends_one_process_inside_the_model_is_told_by_all(tmp_path):
-    folder = tmp_path / "run"
-    broken = SETTINGS["model"] | {"family": "toy_run:load_broken"}
-    launch.start(tiny_config(folder, **SETTINGS | {"model": broken}, parallel=SHARDED))
-    state = until(folder, ended)
-    assert state.status == "failed"
-    assert "rank 1 of 2: ValueError: broken" in state.error
 
 
 def test_a_request_stops_a_sharded_run_with_a_checkpoint(tmp_path):
