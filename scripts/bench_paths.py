@@ -71,7 +71,7 @@ def beside(folders: dict[str, list[Path]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in changes["exact"][0]:
         found[key] = {path: table[key] for path, table in tables.items()}
-        for path in folders.keys() - {"exact"}:
+        for path in (one for one in folders if one != "exact"):
             more = [one[key] - other[key] for one, other in zip(changes[path], changes["exact"], strict=True)]
             found[key][f"{path} minus exact"] = numbers(bootstrap_runs_ci(more, True))
     return found

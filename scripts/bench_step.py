@@ -265,11 +265,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]
         command += ["--profile", str(args.profile)] if args.profile else []
         command += ["--cap-gib", str(args.cap_gib)] if args.cap_gib else []
         command += ["--steps", str(args.steps)]
-        row: dict[str, object] = {
-            "settings": settings,
-            "said": [],
-            **({"cap_gib": args.cap_gib} if args.cap_gib else {}),
-        }
+        row: dict[str, object] = {"settings": settings, "said": []}
+        row |= {"cap_gib": args.cap_gib} if args.cap_gib else {}
         for line in told(command, left):
             if line.startswith("ROW "):
                 row |= json.loads(line[4:])

@@ -148,8 +148,9 @@ class Counted(TorchDispatchMode):
             "broadcast_": ("broadcast", sum(sizes)),
             "all_to_all_single": ("all-to-all", around),
         }[name]
-        self.messages[f"{kind}, {self._among(group)}"] += 1
-        self.received[f"{kind}, {self._among(group)}"] += received
+        name = f"{kind}, {self._among(group)}"
+        self.messages[name] += 1
+        self.received[name] += received
 
     def _among(self, group: dist.ProcessGroup) -> str:
         ranks = dist.get_process_group_ranks(group)

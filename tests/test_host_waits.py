@@ -54,7 +54,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.fixture
-def parts_of(tmp_path, monkeypatch):
+def parts_of(monkeypatch):
     """The parts of a run on the meta device, with a real CLIP as the reward."""
     monkeypatch.setattr(assemble, "Trainer", lambda session, parts: parts)
     real = torch.autocast
