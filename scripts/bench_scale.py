@@ -4,8 +4,8 @@
     PYTHONPATH=. torchrun --nproc-per-node=2 scripts/bench_scale.py --out scale.json
 
 All weights are trained, in parts (parallel.strategy=shard) in float32 with float32 moments. One GPU has no room for
-that: it trains weights in bfloat16 with moments in 8 bits, by the same model calls. Efficiency is its step's time over
-that of N GPUs, each with as much work; --out keeps the rows of every launch. Needs no files (scripts/bench_step.py).
+that: it trains weights in bfloat16 with moments in 8 bits, by the same model calls. Efficiency is a GPU's
+pictures a second among N over those of one alone; --out keeps the rows of every launch. Needs no files (scripts/bench_step.py).
 Times are medians of the steps after the first ones, of the slowest process. `--tiny` shrinks the models, to try it with
 gloo on the CPU.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bench_memory import gib
-from bench_step import build, describe
+from bench_step import build, describe, profiled
 
 from srpo_core.config import ParallelConfig
 from srpo_core.devices import training_world
@@ -42,6 +42,10 @@ ROWS = {
     ),
     "the same, 12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
     "two share a picture of 704 x 720": "parallel.context=2 parallel.gathered=step data.width=704",
+    "the whole model on each, 12 calls, fp8 rollout": (
+        "parallel.strategy=replicate model.trained_memory=bfloat16 optim.states=8bit model.compile=true"
+        " model.recompute=auto rollout.calls=12 rollout.precision=fp8 reward.dtype=bfloat16"
+    ),
 }
 """By name: settings on top of the recipe and of SHARDED; one GPU has no use for those of parallel."""
 WARM_UP, MEASURED = 2, 3
@@ -54,10 +58,11 @@ def settings_of(row: str, world: World) -> str:
     return " ".join([ALONE, *(word for word in row.split() if not word.startswith("parallel."))])
 
 
-def measure(settings: str, tiny: bool, world: World) -> dict[str, object]:
+def measure(settings: str, tiny: bool, world: World, profile: Path | None) -> dict[str, object]:
     """Seconds by phase, of the slowest process, and each one's memory."""
     config = describe(settings, tiny)
-    world = replace(world, context=config.parallel.context)
+    alike = world.size > 1 and (config.parallel.strategy != "replicate" or config.parallel.context > 1)
+    world = replace(world, context=config.parallel.context, keeps_step=alike)
     cuda = world.device.type == "cuda"
     start = time.perf_counter()
     _, _, learner = build(config, tiny, world)
@@ -74,6 +79,7 @@ def measure(settings: str, tiny: bool, world: World) -> dict[str, object]:
         if world.is_main:
             told = {name: round(value, 3) for name, value in steps[-1].items()}
             print(f"# step {number}: {told} loss {metrics.loss:.6f} gradient {metrics.grad_norm:.6f}", flush=True)
+    row["pictures"] = world.parts
     row["first_step_seconds"] = round(steps[0]["step"], 1)
     measured = steps[WARM_UP:]
     row["seconds"] = {name: round(statistics.median(step[name] for step in measured), 4) for name in measured[0]}
@@ -81,6 +87,10 @@ def measure(settings: str, tiny: bool, world: World) -> dict[str, object]:
         row["held_gib"] = world.exchange(gib(torch.cuda.memory_allocated()))
         row["peak_gib"] = world.exchange(gib(torch.cuda.max_memory_allocated()))
         row["reserved_gib"] = world.exchange(gib(torch.cuda.max_memory_reserved()))
+    if profile is not None:
+        told = profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), world.device)
+        if world.is_main:
+            profile.write_text(told, encoding="utf-8")
     return row
 
 
@@ -99,14 +109,17 @@ def gathering_rate(world: World, tiny: bool) -> float:
 
 
 def keep(out: Path, world: World, name: str, row: dict[str, object]) -> None:
-    """Put a row beside those of other launches, with its efficiency where one GPU's is there."""
+    """Put a row beside those of other launches, with their efficiency where one GPU's is there."""
     record = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    alone = record.get("1", {}).get(name)
-    if alone is not None and world.size > 1:
-        row["efficiency"] = round(alone["seconds"]["step"] / row["seconds"]["step"], 3)
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
     record |= {"device": device, "torch": torch.__version__}
     record.setdefault(str(world.size), {})[name] = row
+    alone = record.get("1", {}).get(name)
+    for size in filter(str.isdecimal, record if alone else ()):
+        if size != "1" and name in record[size]:
+            several = record[size][name]
+            each = several["pictures"] / int(size) / several["seconds"]["step"]
+            several["efficiency"] = round(each * alone["seconds"]["step"] / alone["pictures"], 3)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -116,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench_scale.json"))
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--row", action="append", default=[], help='a row of your own, "name: key=value key=value"')
+    parser.add_argument("--profile", type=Path, help="file for a table of what the last row's step spends its time on")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     world = training_world(ParallelConfig(strategy="shard"))
@@ -125,7 +139,7 @@ def main() -> None:
         rate = gathering_rate(world, args.tiny) if world.size > 1 else None
         for name, row in wanted.items():
             settings = settings_of(row, world)
-            told = done[settings] = dict(done.get(settings) or measure(settings, args.tiny, world))
+            told = done[settings] = dict(done.get(settings) or measure(settings, args.tiny, world, args.profile))
             told |= {} if rate is None else {"gathering_gb_per_second": round(rate / 1e9, 2)}
             gc.collect()
             if world.device.type == "cuda":

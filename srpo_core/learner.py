@@ -104,6 +104,7 @@ class Learner:
         if memory is not None:
             flow, decoder = self.flow, getattr(self.autoencoder, "module", None)
             self._keeping = keep_what_fits(flow.module, flow.block_types, decoder, memory, self._common)
+        settle(self.flow.module)  # what a call before this one left gathered are no parameters to be trained
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.parts = parts_of(self.trained)
         """What this process holds of `trained`, as the optimizer and the average know it."""
@@ -328,6 +329,7 @@ class Learner:
 
     def restore(self, folder: Path) -> None:
         """Inverse of `tensors`, from a checkpoint's folder. TrainingError if it is damaged or of another model."""
+        settle(self.flow.module)
         copy_tensors(folder, "weights", self.trained, exactly=True)
         if self.average is not None:
             copy_tensors(folder, "ema", self._spread(self.average.tensors), exactly=True)

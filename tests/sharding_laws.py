@@ -17,10 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from srpo_core import checkpoint
 from srpo_core.assemble import _sharded
+from srpo_core.attention import Attention
 from srpo_core.checkpoint import checkpoint_folder, load_weights, read_tensors
 from srpo_core.config import ParallelConfig
 from srpo_core.devices import training_world
 from srpo_core.errors import NotFiniteError, TrainingError
+from srpo_core.flow import per_sample
+from srpo_core.interfaces import PromptBatch, TrainableFlow
 from srpo_core.learner import Learner
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
@@ -111,6 +114,23 @@ def reads_its_part(folder: Path, world: World) -> None:
         assert ours.keys() == theirs.keys() and all(map(is_part, ours.values()))
         assert all(torch.equal(whole(ours[name]), parameter) for name, parameter in theirs.items())
         assert {p.dtype for p in ours.values()} == {torch.bfloat16 if settings else torch.float32}
+
+
+def is_called_before(folder: Path) -> None:
+    """What calls the model before it is trained, as a GPU's choice of kernels does, leaves all of it to be trained.
+
+    What is outside of its blocks stays gathered after a call without gradient.
+    """
+    calls = []
+
+    def chosen(wanted: str, flow: TrainableFlow, prompts: PromptBatch, latents: torch.Tensor, guidance: float) -> tuple:
+        with torch.no_grad():
+            calls.append(flow.velocity(latents, per_sample(0.9, latents), prompts, guidance))
+        return Attention(), ""
+
+    with mock.patch("srpo_core.speed.choose_attention", chosen):
+        learns(folder, "shard")
+    assert len(calls) == 2
 
 
 def computes_narrowly(folder: Path) -> None:
@@ -303,6 +323,7 @@ def main() -> None:
             rolls_out_in_parts(folder / "fp8")
             reads_its_part(folder / "flux", world)
             computes_narrowly(folder / "bf16")
+            is_called_before(folder / "called")
             keeps_blocks_gathered(folder)
             drops_what_is_not_finite(folder)
             stops_together(folder)
