@@ -4,9 +4,9 @@
     PYTHONPATH=. torchrun --nproc-per-node=2 scripts/bench_scale.py --out scale.json
 
 All weights are trained, in parts (parallel.strategy=shard) in float32 with float32 moments. One GPU has no room for
-that: it trains weights in bfloat16 with moments in 8 bits, by the same model calls. Efficiency is a GPU's
-pictures a second among N over those of one alone; --out keeps the rows of every launch. Needs no files (scripts/bench_step.py).
-Times are medians of the steps after the first ones, of the slowest process. `--tiny` shrinks the models, to try it with
+that: it trains weights in bfloat16 with moments in 8 bits, by the same model calls. Efficiency is a GPU's pictures a
+second among N over those of one alone; --out keeps the rows of every launch. Needs no files (scripts/bench_step.py).
+Times are medians of the steps after the first two, of the slowest process. `--tiny` shrinks the models, to try it with
 gloo on the CPU.
 """
 
@@ -48,7 +48,7 @@ ROWS = {
     ),
 }
 """By name: settings on top of the recipe and of SHARDED; one GPU has no use for those of parallel."""
-WARM_UP, MEASURED = 2, 3
+WARM_UP, MEASURED = 2, 8
 
 
 def settings_of(row: str, world: World) -> str:
@@ -83,10 +83,12 @@ def measure(settings: str, tiny: bool, world: World, profile: Path | None) -> di
     row["first_step_seconds"] = round(steps[0]["step"], 1)
     measured = steps[WARM_UP:]
     row["seconds"] = {name: round(statistics.median(step[name] for step in measured), 4) for name in measured[0]}
+    row["each_step_seconds"] = [round(step["step"], 3) for step in measured]
     if cuda:
         row["held_gib"] = world.exchange(gib(torch.cuda.memory_allocated()))
         row["peak_gib"] = world.exchange(gib(torch.cuda.max_memory_allocated()))
         row["reserved_gib"] = world.exchange(gib(torch.cuda.max_memory_reserved()))
+        row["allocator_retries"] = world.exchange(torch.cuda.memory_stats()["num_alloc_retries"])
     if profile is not None:
         told = profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), world.device)
         if world.is_main:
@@ -104,7 +106,7 @@ def gathering_rate(world: World, tiny: bool) -> float:
         clock = Clock(world.synchronize, world.device)
         with clock.phase("gathering"):
             dist.all_gather_into_tensor(whole, part)
-        times.append(clock.total())
+        times.append(clock.seconds["gathering"])
     return (whole.nbytes - part.nbytes) / statistics.median(times)
 
 

@@ -148,11 +148,13 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
     measured = steps[WARM_UP:]
     seconds = {name: statistics.median(step[name] for step in measured) for name in measured[0]}
     row["seconds"] = {name: round(value, 4) for name, value in seconds.items()}
+    row["least_seconds"] = round(min(step["step"] for step in measured), 4)
     row["loss"], row["grad_norm"] = metrics.loss, metrics.grad_norm
     row["seconds_per_picture"] = round(seconds["step"] / pictures_of(config), 4)
     if device.type == "cuda":
         row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
+        row["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
         row["held_and_peak_gib_after_steps"] = {number: memory[number - 1] for number in sorted({1, 2, 3, count})}
     print("ROW " + json.dumps(row), flush=True)  # if what follows should fail
     print("# the host's waits, rates, errors", flush=True)

@@ -104,13 +104,19 @@ class Keeping:
     are there. What the decoder and the rewards take at their peak is left free.
 
     Where processes trade tokens inside a block, one that recomputes it waits for the others to do so too: `common`
-    makes of each one's first block that fits the one that all keep from.
+    makes of each one's first block that fits the one that all keep from. `aside` tells how many bytes of the room a
+    backward pass will take that gives none of it back: for tensors of another stream, which can't have the memory that
+    activations leave.
     """
 
     def __init__(
-        self, memory: Memory, blocks: Sequence[nn.Module], common: Callable[[int], int] = lambda first: first
+        self,
+        memory: Memory,
+        blocks: Sequence[nn.Module],
+        common: Callable[[int], int] = lambda first: first,
+        aside: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.memory, self._common = memory, common
+        self.memory, self._common, self._aside = memory, common, aside
         self.index = {block: i for i, block in enumerate(blocks)}
         self.first_kept = len(blocks)
         """The blocks from this one on are kept."""
@@ -180,7 +186,7 @@ class Keeping:
         if self._beyond is None:
             return
         scale = max(1.0, self._size / self._learned_size)
-        room = self.memory.room() / scale - self._beyond
+        room = (self.memory.room() - self._aside()) / scale - self._beyond
         room -= sum(self._least.get(block, 0) for block in self.index)
         of_decoder = sum(map(self._more, self._decoder_pieces()))
         self.decoder_kept = bool(self._decoder) and of_decoder <= room
@@ -207,9 +213,10 @@ def keep_what_fits(
     decoder: nn.Module | None,
     memory: Memory,
     common: Callable[[int], int] = lambda first: first,
+    aside: Callable[[], int] = lambda: 0,
 ) -> Keeping:
     """Have a model and an autoencoder of diffusers keep what fits; parts of other libraries stay as they are."""
-    keeping = Keeping(memory, [part for part in module.modules() if isinstance(part, block_types)], common)
+    keeping = Keeping(memory, [part for part in module.modules() if isinstance(part, block_types)], common, aside)
     if hasattr(module, "enable_gradient_checkpointing"):
         module.enable_gradient_checkpointing(keeping.block)
     if hasattr(decoder, "enable_gradient_checkpointing"):

@@ -103,7 +103,9 @@ class Learner:
         memory = memory_of(world.device) if config.model.recompute == "auto" else None
         if memory is not None:
             flow, decoder = self.flow, getattr(self.autoencoder, "module", None)
-            self._keeping = keep_what_fits(flow.module, flow.block_types, decoder, memory, self._common)
+            self._keeping = keep_what_fits(
+                flow.module, flow.block_types, decoder, memory, self._common, self._gradients_to_come
+            )
         settle(self.flow.module)  # what a call before this one left gathered are no parameters to be trained
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.parts = parts_of(self.trained)
@@ -131,6 +133,16 @@ class Learner:
     def _common(self, first: int) -> int:
         """The first block that each process can keep, where some share a picture; see Keeping."""
         return max(self.world.exchange(first)) if self.world.context > 1 else first
+
+    def _gradients_to_come(self) -> int:
+        """Bytes of a step's gradients that aren't there yet, of parts: FSDP makes them on a stream of its own.
+
+        They find memory of earlier steps there, or take it from what is free; activations can't have it either way.
+        """
+        parts = [
+            part_of(parameter) for parameter in self.trained.values() if is_part(parameter) and parameter.grad is None
+        ]
+        return sum(part.nbytes for part in parts if part.device == self.world.device)
 
     def is_compiled(self) -> bool:
         """Whether its flow's blocks are, by now."""

@@ -210,6 +210,19 @@ def keeps_the_same_blocks(folder: Path, world: World) -> None:
         assert world.exchange(keeping.decoder_kept) == [True, fullest > 0]
 
 
+def leaves_room_for_gradients(folder: Path) -> None:
+    """What a step's gradients will take, of this process's parts, is kept free until they are there."""
+    asked = []
+    with mock.patch("srpo_core.learner.memory_of", return_value=Unlike(10**12)):
+        learner = sharded(folder, "shard", model__recompute="auto").learner
+    keeping, told = learner._keeping, learner._gradients_to_come
+    keeping._aside = lambda: asked.append(told()) or asked[-1]
+    for step in (1, 2):
+        learner.step(step, Clock(lambda: None))
+    held = sum(part_of(parameter).nbytes for parameter in learner.trained.values())
+    assert asked == [0, 0, 0, held, 0, 0, 0]  # four passes a step, of which the very first decides nothing
+
+
 def keeps_blocks_gathered(folder: Path) -> None:
     """However long blocks stay gathered, and wherever their parts are, the numbers are the same."""
     reached = []
@@ -325,6 +338,7 @@ def main() -> None:
             computes_narrowly(folder / "bf16")
             is_called_before(folder / "called")
             keeps_blocks_gathered(folder)
+            leaves_room_for_gradients(folder / "room")
             drops_what_is_not_finite(folder)
             stops_together(folder)
             survives_a_failed_preview(folder)

@@ -78,12 +78,12 @@ def passes(keeping: Keeping, memory: Scripted, blocks: list[Block], pieces: list
     return [name for name in dict.fromkeys(calls) if calls.count(name) > 1], hidden.grad
 
 
-def world(free: int):
+def world(free: int, aside: int = 0):
     calls: list[str] = []
     memory = Scripted(free)
     blocks = [Block(memory, calls, f"b{i}", 10 * MIB, 100 * MIB) for i in range(6)]
     pieces = [Block(memory, calls, f"d{i}", 5 * MIB, 30 * MIB) for i in range(2)]
-    return Keeping(memory, blocks), memory, blocks, pieces, calls
+    return Keeping(memory, blocks, aside=lambda: aside), memory, blocks, pieces, calls
 
 
 def test_the_first_pass_recomputes_everything_and_later_ones_what_does_not_fit():
@@ -102,6 +102,15 @@ def test_more_room_keeps_more(free, kept):
     passes(keeping, *rest[:3], 8, rest[3])
     passes(keeping, *rest[:3], 8, rest[3])
     assert 6 - keeping.first_kept == kept and keeping.decoder_kept == (free > 100)
+
+
+def test_what_other_streams_will_take_is_no_room():
+    """Gradients of a model in parts are made on a stream of their own, which can't use what activations leave."""
+    for free, aside, kept in ((400, 0, 2), (500, 100, 2), (400, 100, 1)):
+        keeping, *rest = world(free * MIB, aside * MIB)
+        passes(keeping, *rest[:3], 8, rest[3])
+        passes(keeping, *rest[:3], 8, rest[3])
+        assert 6 - keeping.first_kept == kept
 
 
 def test_a_backward_pass_that_broke_off_has_taught_nothing():
