@@ -139,10 +139,8 @@ class Learner:
 
         They find memory of earlier steps there, or take it from what is free; activations can't have it either way.
         """
-        parts = [
-            part_of(parameter) for parameter in self.trained.values() if is_part(parameter) and parameter.grad is None
-        ]
-        return sum(part.nbytes for part in parts if part.device == self.world.device)
+        to_come = [name for name, p in self.trained.items() if p.grad is None and is_part(p)]
+        return sum(self.parts[name].nbytes for name in to_come if self.parts[name].device == self.world.device)
 
     def is_compiled(self) -> bool:
         """Whether its flow's blocks are, by now."""
