@@ -43,7 +43,9 @@ BACKWARD = 2
 """A backward pass starts so many times the operations of a forward pass."""
 AGAIN = {True: 1.0, "auto": 0.5, False: 0.0}
 """How many forward passes are made again, by model.recompute; auto keeps what fits, of which nothing tells."""
-COMPILED, FP8 = 0.74, 0.855
+FORWARD = 0.6
+"""What a forward pass takes of what SHARE, an average with the longer backward pass, makes of it."""
+COMPILED, FP8 = 0.74, 0.79
 """What compiled blocks take of the others' time, and blocks with matrices in fp8 of that (H200)."""
 BANDWIDTH = 2e12
 """Bytes a second that an optimizer on a GPU reads and writes."""
@@ -138,7 +140,7 @@ def expected_phases(config: RunConfig, footprint: Footprint, work: Work, rate: f
     """Seconds of an optimizer step's phases; see `expected_pace`."""
     data, align, model, optim = config.data, config.align, config.model, config.optim
     again = AGAIN[model.recompute]
-    passes = 2 + again + (not config.lora.rank)  # back to the input, and to weights that are trained
+    passes = 2 + FORWARD * again + (not config.lora.rank)  # back to the input, and to weights that are trained
     busy, started = passes * data.batch_size * work.forward / (rate * _share(config, kind)), 1 + again + BACKWARD
     aligned = max(busy, started * _starting(config, work, kind))
     aligned += started * _lora(config, footprint, kind) + (2 + again) * _unpacking(config, work, kind)
