@@ -42,19 +42,29 @@ SHARDED = {"device": "cpu", "processes": 2, "strategy": "shard"}
 @pytest.mark.parametrize("processes", [2, 4])
 def test_what_processes_with_parts_of_a_model_can_rely_on(tmp_path, processes):
     """4 are 2 on each of two machines; both go on with what one process began, be it with moments in 8 bits."""
+    rely_on_laws(tmp_path, processes, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+def test_what_two_gpus_can_rely_on(tmp_path):
+    """The same by NCCL."""
+    rely_on_laws(tmp_path, 2, "cuda")
+
+
+def rely_on_laws(folder: Path, processes: int, device: str) -> None:
     narrow = {"model__dtype": "bfloat16", "model__trained_memory": "bfloat16", "optim__states": "8bit"}
     for name, more in (("one", {}), ("narrow", narrow)):
-        assemble(tiny_config(tmp_path / name, **STEPS | {"optim__steps": 2} | more)).train()
-    assert any(name.endswith(CODES[0]) for name in read_shapes(checkpoint_folder(tmp_path / "narrow", 2), "optimizer"))
-    save_flux(tmp_path / "flux")
-    lora_file(tmp_path / "flux" / "lora.safetensors", tmp_path / "flux")
+        assemble(tiny_config(folder / name, **STEPS | {"optim__steps": 2} | more)).train()
+    assert any(name.endswith(CODES[0]) for name in read_shapes(checkpoint_folder(folder / "narrow", 2), "optimizer"))
+    save_flux(folder / "flux")
+    lora_file(folder / "flux" / "lora.safetensors", folder / "flux")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, str(TESTS / "sharding_laws.py"), str(tmp_path)],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=2 * LIMIT,
+        [*command, str(TESTS / "sharding_laws.py"), str(folder)],
+        env=os.environ | ENVIRONMENT | {"LAWS_DEVICE": device}, capture_output=True, text=True, timeout=2 * LIMIT,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.glob("rank-*"))) == processes
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(folder.glob("rank-*"))) == processes
 
 
 def test_a_sharded_run_is_read_by_one_process_that_goes_on_with_it(tmp_path):

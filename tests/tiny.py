@@ -76,8 +76,10 @@ def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def load(config: ModelConfig, device: torch.device | str) -> Components:
     flow = tiny_flow(DTYPES[config.dtype])
-    flow.module.to(device)
-    return Components(flow, tiny_autoencoder(), encode_text, {"brightness": brightness}, PROMPTS)
+    autoencoder = tiny_autoencoder()
+    for part in (flow, autoencoder):
+        part.module.to(device)
+    return Components(flow, autoencoder, encode_text, {"brightness": brightness}, PROMPTS)
 
 
 def load_even(config: ModelConfig, device: torch.device | str) -> Components:
