@@ -41,7 +41,7 @@ DEVICE = os.environ.get("LAWS_DEVICE", "cpu")
 """Where the laws are tried: "cuda" takes a GPU for each process."""
 ON_CPU = DEVICE == "cpu"
 CLOSE = 1e-5 if ON_CPU else 1e-4
-"""A step moves a weight by 1e-3; sums in another order differ in the last digits, and a GPU's have another each time."""
+"""A step moves a weight by 1e-3; sums in another order differ in the last digits, and a GPU has another each time."""
 
 
 def sharded(folder: Path, strategy: str, **settings: object) -> Trainer:
