@@ -72,6 +72,7 @@ def measure(settings: str, tiny: bool, world: World, profile: Path | None) -> di
     for number in range(1, WARM_UP + MEASURED + 1):
         if cuda and number == WARM_UP + 1:
             torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_accumulated_memory_stats()
         clock = Clock(world.synchronize, world.device)
         metrics = learner.step(number, clock)
         each = world.exchange(clock.seconds | {"step": clock.total()})

@@ -105,7 +105,7 @@ def build(config: RunConfig, tiny: bool, world: World) -> tuple[RandomFlux, Part
     )
     held_out = components.text_encoder(components.prompts["eval"][:1])
     parts = Parts(flow, components.autoencoder, [reward], words, data, held_out)
-    for note in speed_up(config, parts, world.device, lambda text: print(f"# {text}", flush=True)):
+    for note in speed_up(config, parts, world, lambda text: print(f"# {text}", flush=True)):
         print(f"# {note}", flush=True)
     return components, parts, Learner(config, world, parts)
 
@@ -136,6 +136,8 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
     start, steps, memory, count = time.perf_counter(), [], [], config.optim.steps - 3
     for number in range(1, count + 1):
         if number == WARM_UP + 1:
+            if device.type == "cuda":
+                torch.cuda.reset_accumulated_memory_stats()
             row["warm_up_seconds"] = round(time.perf_counter() - start, 1)
         clock = Clock(learner.world.synchronize, device)
         metrics = learner.step(number, clock)

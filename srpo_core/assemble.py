@@ -84,16 +84,17 @@ def assemble(config: RunConfig, session: Session | None = None, ready: Ready | N
     components.release("text_encoder")
     words = ControlWords(config.reward.liked, config.reward.disliked)
     advice = "a LoRA (lora.rank=16) or model.dtype=bfloat16 needs less"
-    with display.during("loading the models"), enough_memory("loading the models", advice):
+    with world.together(), display.during("loading the reward"), enough_memory("loading the reward", advice):
         rewards = load_rewards(config.reward, world.device)
         try_rewards(rewards, words, config.data.height, config.data.width, world.device)
+    with display.during("loading the models"), enough_memory("loading the models", advice):
         flow, lora = trained_flow(config, components, world, inputs.start)
         autoencoder = components.autoencoder
     notes = photo_notes(inputs.photos, photo_sizes(config.data, inputs.photos))
     notes += size_notes(config, components) + blind_notes(rewards, config.align.branches)
     notes += [*components.notes, *(inputs.start.notes if inputs.start is not None else ())]
     parts = Parts(flow, autoencoder, rewards, words, data, encoded, components.measures, lora, notes)
-    parts.notes = [*notes, *speed_up(config, parts, world.device, display.warn)]
+    parts.notes = [*notes, *speed_up(config, parts, world, display.warn)]
     parts.less_memory = functools.partial(memory_advice, config, components, world.device)
     parts.trained_on = _digest(ready.prompts, inputs.photos)
     return Trainer(session, parts)

@@ -87,11 +87,12 @@ def kernel(name: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def choose_attention(
-    wanted: str, flow: FlowModel, prompts: PromptBatch, latents: Tensor, guidance: float
+    wanted: str, flow: FlowModel, prompts: PromptBatch, latents: Tensor, guidance: float, packages: bool = True
 ) -> tuple[Attention, str]:
     """The kernels of a run, and a line about them for the user ("" where there is nothing to choose).
 
-    `prompts` and `latents` have the run's shapes; auto calls the flow once to see what its attention works on.
+    `prompts` and `latents` have the run's shapes; auto calls the flow once to see what its attention works on, and
+    tries no further `packages` where these aren't wanted.
     ConfigError for a kernel that isn't there.
     """
     if wanted in PACKAGES and importlib.util.find_spec(PACKAGES[wanted][0]) is None:
@@ -113,7 +114,7 @@ def choose_attention(
         return Attention(wanted, wanted), ""
     if query is None or query.dtype == torch.float32:
         return Attention(), ""
-    return _measured(query, NATIVE if is_wide else {**NATIVE, **PACKAGES})
+    return _measured(query, {**NATIVE, **PACKAGES} if packages and not is_wide else NATIVE)
 
 
 def _is_there(name: str) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from srpo_core.attention import NATIVE, PACKAGES
 from srpo_core.config import ConfigError, RunConfig
 from srpo_core.description import with_changes
 from srpo_core.errors import enough_memory
@@ -260,6 +261,11 @@ def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[
                 " processes (choices: 1)"
             )
         check(parallel.context, sizes)
+        if config.model.attention in PACKAGES:
+            raise ConfigError(
+                f"model.attention={config.model.attention!r} with parallel.context={parallel.context}: that kernel sees"
+                f" each process's own tokens alone (choices: auto, native, {', '.join(NATIVE)})"
+            )
 
 
 def check_size(flow: TrainableFlow, height: int, width: int) -> None:

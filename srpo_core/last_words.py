@@ -25,8 +25,14 @@ def tell_last(words: str) -> None:
         dist.distributed_c10d._get_default_store().set(KEY, words)
 
 
+_heard: list[str] = []
+"""Last words that made this process break off its waiting, after which the store can't be asked."""
+
+
 def told_last() -> str | None:
     """What has ended another process; None if it said nothing, or if the store is gone."""
+    if _heard:
+        return _heard[-1]
     with contextlib.suppress(Exception):
         store = dist.distributed_c10d._get_default_store()
         if store.check([KEY]):
@@ -43,11 +49,13 @@ def is_lost(error: BaseException) -> bool:
 def watched() -> Iterator[None]:
     """Inside the context this process doesn't wait in NCCL for one that has left its last words."""
     done = threading.Event()
+    _heard.clear()
 
     def look() -> None:
         while not done.wait(LOOK_EVERY):
             told = told_last()
             if told is not None and not done.wait(GRACE):
+                _heard.append(told)
                 print(f"srpo: {told}; this process no longer waits for it", file=sys.stderr, flush=True)
                 with contextlib.suppress(Exception):  # where nothing can be broken off, torchrun ends this process
                     dist.distributed_c10d._abort_process_group()

@@ -100,6 +100,7 @@ class Learner:
         self.attention, self._copy, self._compiler = parts.attention, parts.rollout_copy, parts.compiler
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
         self._keeping: Keeping | None = None
+        self._has_gradients = False
         memory = memory_of(world.device) if config.model.recompute == "auto" else None
         if memory is not None:
             flow, decoder = self.flow, getattr(self.autoencoder, "module", None)
@@ -135,12 +136,14 @@ class Learner:
         return max(self.world.exchange(first)) if self.world.context > 1 else first
 
     def _gradients_to_come(self) -> int:
-        """Bytes of a step's gradients that aren't there yet, of parts: FSDP makes them on a stream of its own.
+        """Bytes of a step's gradients before its first backward pass, of parts: FSDP makes them on a stream of its own.
 
         They find memory of earlier steps there, or take it from what is free; activations can't have it either way.
         """
-        to_come = [name for name, p in self.trained.items() if p.grad is None and is_part(p)]
-        return sum(self.parts[name].nbytes for name in to_come if self.parts[name].device == self.world.device)
+        if self._has_gradients:
+            return 0
+        parts = [self.parts[name] for name, parameter in self.trained.items() if is_part(parameter)]
+        return sum(part.nbytes for part in parts if part.device == self.world.device)
 
     def is_compiled(self) -> bool:
         """Whether its flow's blocks are, by now."""
@@ -169,6 +172,7 @@ class Learner:
                 self.world.average([p.grad for p in self.trained.values() if p.grad is not None and not is_part(p)])
                 grad_norm, lr = self._update(number, finite)
         finally:
+            self._has_gradients = False
             self.optimizer.zero_grad(set_to_none=True)
             for parameter in self.trained.values():
                 parameter.grad = None
@@ -201,6 +205,7 @@ class Learner:
             self._check()
             sum_over_machines(self.flow.module, micro == optim.accumulation - 1 and i == len(steps) - 1)
             (loss * self.world.context).backward()  # each of a group has a part of the gradient, not all
+            self._has_gradients = True
 
     def _branch_loss(
         self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: Tally
@@ -318,7 +323,10 @@ class Learner:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside the context the model holds the averaged weights, if the run keeps an average."""
-        with self.average.applied() if self.average is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as applied:
+            if self.average is not None:
+                with self.world.together():  # one that has no room for it ends what all are about
+                    applied.enter_context(self.average.applied())
             settle(self.flow.module)
             try:
                 with gathered(self.flow.module, self.config.parallel.gathered != "layer"):

@@ -139,29 +139,31 @@ class Average:
         Weights are swapped, not copied, unless they are shared, or the average is on the host: they wait there then.
         """
         bring, take_back = (self._bring, self._take_back) if self.on_host else (self._swap, self._swap)
-        bring()
+        brought: list[str] = []
         try:
+            for name in self.parameters:
+                bring(name)
+                brought.append(name)
             yield
         finally:
-            take_back()
+            for name in brought:
+                take_back(name)
 
     @torch.no_grad()
-    def _bring(self) -> None:
-        for name, parameter in self.parameters.items():
-            self._aside[name] = parameter.detach().to("cpu", copy=True)
+    def _bring(self, name: str) -> None:
+        self._aside[name] = self.parameters[name].detach().to("cpu", copy=True)
+        self.parameters[name].copy_(self.tensors[name])
+
+    @torch.no_grad()
+    def _take_back(self, name: str) -> None:
+        self.parameters[name].copy_(self._aside.pop(name))
+
+    @torch.no_grad()
+    def _swap(self, name: str) -> None:
+        parameter = self.parameters[name]
+        if self.shared:
+            kept = parameter.detach().clone()
             parameter.copy_(self.tensors[name])
-
-    @torch.no_grad()
-    def _take_back(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self._aside.pop(name))
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.shared:
-                kept = parameter.detach().clone()
-                parameter.copy_(self.tensors[name])
-                self.tensors[name].copy_(kept)
-            else:
-                parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+            self.tensors[name].copy_(kept)
+        else:
+            parameter.data, self.tensors[name] = self.tensors[name], parameter.data

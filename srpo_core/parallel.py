@@ -247,7 +247,9 @@ def _others_answer() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and told_last() is None:  # else the group is gone, as waiting was broken off
+            raise
         raise _lost(error) from error
 
 

@@ -10,6 +10,7 @@ from srpo_core.attention import choose_attention
 from srpo_core.compiling import WARNING, make_compiler
 from srpo_core.config import RunConfig
 from srpo_core.learner import Parts
+from srpo_core.parallel import World
 from srpo_core.rollout_copy import RolloutCopy
 
 TOKENS_SHARED = (
@@ -18,13 +19,13 @@ TOKENS_SHARED = (
 )
 
 
-def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Callable[[str], None]) -> list[str]:
+def speed_up(config: RunConfig, parts: Parts, world: World, report: Callable[[str], None]) -> list[str]:
     """Attention kernels, compiled blocks and the copy for rollouts, as the run's settings ask for them.
 
     The flow is ready to be trained. Returns notes for the user; `report` is told of what can't be done later on.
     ConfigError for what the device or the model can't do.
     """
-    notes, flow = [], parts.flow
+    notes, flow, device = [], parts.flow, world.device
     if hasattr(flow, "attention"):
         prompts = parts.held_out.select(range(1)).to(device)
         prompts = prompts.select([0] * config.data.batch_size)
@@ -32,7 +33,9 @@ def speed_up(config: RunConfig, parts: Parts, device: torch.device, report: Call
         wanted = config.model.attention
         if config.parallel.deterministic and wanted == "auto":
             wanted = "flash"  # times measured would choose now this kernel, now that one
-        parts.attention, told = choose_attention(wanted, flow, prompts, latents, config.rollout.guidance)
+        alone = config.parallel.context == 1
+        with world.in_step():  # it calls the model
+            parts.attention, told = choose_attention(wanted, flow, prompts, latents, config.rollout.guidance, alone)
         flow.attention = parts.attention
         notes += [told] if told else []
     compiler = None

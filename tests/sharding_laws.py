@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from tiny import tiny_config
 from torch.distributed.tensor import DTensor
 
-from srpo_core import checkpoint
+from srpo_core import assemble, checkpoint
 from srpo_core.assemble import _sharded
 from srpo_core.attention import Attention
 from srpo_core.checkpoint import checkpoint_folder, load_weights, read_tensors
@@ -126,16 +127,43 @@ def is_called_before(folder: Path) -> None:
 
     What is outside of its blocks stays gathered after a call without gradient.
     """
-    calls = []
-
-    def chosen(wanted: str, flow: TrainableFlow, prompts: PromptBatch, latents: torch.Tensor, guidance: float) -> tuple:
-        with torch.no_grad():
-            calls.append(flow.velocity(latents, per_sample(0.9, latents), prompts, guidance))
-        return Attention(), ""
-
-    with mock.patch("srpo_core.speed.choose_attention", chosen):
+    with mock.patch("srpo_core.speed.choose_attention", side_effect=called) as calls:
         learns(folder, "shard")
-    assert len(calls) == 2
+    assert calls.call_count == 2
+
+
+def tells_who_fails_to_load(folder: Path, world: World, strategy: str) -> None:
+    """What ends one process before it is trained is told to those that go on to build or to call the model."""
+
+    def fails(wanted: Callable[..., object]) -> Callable[..., object]:
+        def then(*args: object, **options: object) -> object:
+            done = wanted(*args, **options)
+            if world.rank == 1:
+                raise TrainingError("there is no room here")
+            return done
+
+        return then
+
+    for name in ("load_rewards", "trained_flow"):
+        with mock.patch(f"srpo_core.assemble.{name}", fails(getattr(assemble, name))):
+            error = raised(TrainingError, functools.partial(assembled, folder / name, strategy))
+        assert "there is no room here" in str(error)
+        assert isinstance(error, OthersError) == (world.rank != 1)
+
+
+def assembled(folder: Path, strategy: str) -> None:
+    world = training_world(ParallelConfig(device=DEVICE, strategy=strategy))
+    with world.together(), mock.patch("srpo_core.speed.choose_attention", called):
+        sharded(folder, strategy)
+
+
+def called(
+    _: str, flow: TrainableFlow, prompts: PromptBatch, latents: torch.Tensor, guidance: float, *__: bool
+) -> tuple:
+    """As a GPU's choice of kernels, which calls the model."""
+    with torch.no_grad():
+        flow.velocity(latents, per_sample(0.9, latents), prompts, guidance)
+    return Attention(), ""
 
 
 def computes_narrowly(folder: Path) -> None:
@@ -220,11 +248,11 @@ def keeps_the_same_blocks(folder: Path, world: World) -> None:
         assert world.exchange(keeping.decoder_kept) == [True, fullest > 0]
 
 
-def leaves_room_for_gradients(folder: Path) -> None:
+def leaves_room_for_gradients(folder: Path, strategy: str) -> None:
     """What a step's gradients will take, of this process's parts, is kept free until they are there."""
     asked = []
     with mock.patch("srpo_core.learner.memory_of", return_value=Unlike(10**12)):
-        learner = sharded(folder, "shard", model__recompute="auto").learner
+        learner = sharded(folder, strategy, model__recompute="auto").learner
     keeping, told = learner._keeping, learner._gradients_to_come
     keeping._aside = lambda: asked.append(told()) or asked[-1]
     for step in (1, 2):
@@ -342,6 +370,8 @@ def laws(folder: Path, world: World) -> dict[str, Callable[[], object]]:
         return {
             "full": lambda: learns(folder / "hybrid", "hybrid"),
             "context": lambda: shares_tokens(folder / "context", "shard"),
+            "room": lambda: leaves_room_for_gradients(folder / "room", "hybrid"),
+            "loading": lambda: tells_who_fails_to_load(folder / "loading", world, "hybrid"),
             "goes on": lambda: goes_on(checkpoint_folder(folder / "one", 2), "hybrid"),
             "goes on from 8 bits": lambda: goes_on(checkpoint_folder(folder / "narrow", 2), "hybrid"),
         }
@@ -356,7 +386,8 @@ def laws(folder: Path, world: World) -> dict[str, Callable[[], object]]:
         "bfloat16": lambda: computes_narrowly(folder / "bf16"),
         "called": lambda: is_called_before(folder / "called"),
         "gathered": lambda: keeps_blocks_gathered(folder),
-        "room": lambda: leaves_room_for_gradients(folder / "room"),
+        "room": lambda: leaves_room_for_gradients(folder / "room", "shard"),
+        "loading": lambda: tells_who_fails_to_load(folder / "loading", world, "shard"),
         "not finite": lambda: drops_what_is_not_finite(folder),
         "stops": lambda: stops_together(folder),
         "preview": lambda: survives_a_failed_preview(folder),

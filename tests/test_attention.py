@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,23 @@ def test_the_fastest_is_taken_with_and_without_gradient(monkeypatch):
     assert chosen == Attention("cudnn", "efficient")
     assert ("cudnn", True) not in asked
     assert "2 x 3 x 40 x 16" in told and "cudnn 1.00 ms" in told and "flash 5.00 ms" in told
+
+
+def test_a_package_that_sees_its_own_tokens_alone_is_not_tried_where_they_are_shared(monkeypatch):
+    """Further packages attend to a process's own tokens: with parallel.context above 1 only PyTorch's are tried."""
+    tried = []
+
+    def measured(query, suitable):
+        tried.append(set(suitable))
+        return Attention(), ""
+
+    monkeypatch.setattr(attention, "_query_of", lambda *_: (QUERY.bfloat16(), False))
+    monkeypatch.setattr(attention, "_measured", measured)
+    prompts, _ = toy_batch(1)
+    on_gpu = SimpleNamespace(is_cuda=True)
+    for packages in (True, False):
+        choose_attention("auto", ExactFlow(), prompts, on_gpu, 1.0, packages)
+    assert tried == [{*attention.NATIVE, *attention.PACKAGES}, set(attention.NATIVE)]
 
 
 # ---- the self-check

@@ -21,6 +21,7 @@ from srpo_core.learner import Parts
 from srpo_core.lora import add_lora
 from srpo_core.metrics import Clock
 from srpo_core.models.flux import BLOCKS
+from srpo_core.parallel import World
 from srpo_core.rollout_copy import RolloutCopy
 from srpo_core.speed import TOKENS_SHARED, speed_up
 from srpo_core.weights.compressed import fill_compressed
@@ -197,7 +198,7 @@ def test_blocks_that_share_a_pictures_tokens_are_not_compiled(tmp_path):
     flow, said = tiny_flow(), []
     config = tiny_config(tmp_path, model__compile=True, parallel={"context": 2}, rollout__precision="fp8")
     parts = Parts(flow, None, (), None, None, PROMPTS)
-    notes = speed_up(config, parts, torch.device("cpu"), said.append)
+    notes = speed_up(config, parts, World(0, 1, torch.device("cpu")), said.append)
     assert TOKENS_SHARED in notes and compiling.WARNING not in notes and not said
     assert parts.compiler is None and not any("forward" in vars(block) for block in flow.module.modules())
 

@@ -113,6 +113,28 @@ def test_an_error_inside_applied_puts_the_weights_back():
     assert weights_hash(module) == before
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_average_that_finds_no_room_half_way_puts_the_weights_back(monkeypatch, shared):
+    module = tiny_flow().module
+    before = weights_hash(module)
+    average = Average(dict(module.named_parameters()), 0.9, shared)
+    for tensor in average.tensors.values():
+        tensor.zero_()
+    swap, swapped = average._swap, []
+
+    def full_at_the_third(name):
+        if len(swapped) == 2 and name not in swapped:
+            raise torch.OutOfMemoryError("no room")
+        swap(name)
+        swapped.append(name)
+
+    monkeypatch.setattr(average, "_swap", full_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError), average.applied():
+        raise AssertionError("not reached")
+    assert len(swapped) == 4 and weights_hash(module) == before
+    assert all(not tensor.any() for tensor in average.tensors.values())
+
+
 def test_optimizer_state_goes_through_flat_tensors():
     def trained():
         parameters = {"a": nn.Parameter(torch.ones(3)), "b.c": nn.Parameter(torch.ones(2, 2))}

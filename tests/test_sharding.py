@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from background_runs import LIMIT, ended, no_process_left, run, until  # noqa: F401
 from flux_runs import lora_file, save_flux
 from safetensors.torch import load_file
@@ -20,7 +22,7 @@ from tiny import tiny_config, tiny_flow
 from tiny_flux import tiny_transformer
 from toy_run import SETTINGS
 
-from srpo_core import launch
+from srpo_core import last_words, launch
 from srpo_core.assemble import assemble
 from srpo_core.checkpoint import checkpoint_folder, latest, read_shapes, read_tensors
 from srpo_core.checks import Footprint, check_sharing
@@ -32,6 +34,7 @@ from srpo_core.metrics import read_metrics
 from srpo_core.models import load_model
 from srpo_core.models.flux import FluxFlow
 from srpo_core.models.flux_context import nearest_size
+from srpo_core.parallel import OthersError, World
 from srpo_core.run_state import read_state
 from srpo_core.sharded_checkpoint import open_saved
 from srpo_core.weights.tensors import WeightsError
@@ -65,6 +68,27 @@ def rely_on_laws(folder: Path, processes: int, device: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(folder.glob("rank-*"))) == processes
+
+
+def test_the_reason_outlives_the_group_that_was_broken_off(monkeypatch):
+    """A process that no longer waits for another one, as it has left its last words, has these as its error."""
+    monkeypatch.setattr(last_words, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(last_words, "GRACE", 0.01)
+    monkeypatch.setattr(last_words, "_heard", [])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = World(0, 2, torch.device("cpu"), keeps_step=True)
+    with last_words.watched():
+        last_words.tell_last("rank 1 of 2: no room")
+        deadline = time.monotonic() + LIMIT
+        while dist.is_initialized() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for call in (lambda: world.exchange(None), lambda: world.as_main(torch.zeros(()))):
+            with pytest.raises(OthersError, match="rank 1 of 2: no room") as told:
+                call()
+            assert told.value.known_to_all
+    monkeypatch.setattr(last_words, "_heard", [])
+    with pytest.raises(ValueError, match="process group"):  # where nobody said anything it is a mistake of ours
+        world.exchange(None)
 
 
 def test_a_sharded_run_is_read_by_one_process_that_goes_on_with_it(tmp_path):
@@ -255,6 +279,7 @@ def test_a_run_in_parts_may_be_started_by_hand(tmp_path):
         ({"parallel": {"gathered": "step", "processes": 2}}, r"parallel.gathered='step'.*set parallel.strategy=shard"),
         ({"parallel": {"context": 2}, "model__family": "toy_run:load"}, r"can't share a picture.*\(choices: 1\)"),
         ({"parallel": {"context": 3}}, r"parallel.context=3: the model's 2 attention heads.*\(choices: 1, 2\)"),
+        ({"parallel": {"context": 2}, "model__attention": "flash-attn-3"}, r"attention='flash-attn-3' with"),
         ({"parallel": {"context": 2}, "data__height": 20, "data__width": 20}, r"20 x 20 .* 25 tokens, no multiple"),
     ],
 )  # fmt: skip
