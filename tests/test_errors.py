@@ -199,7 +199,7 @@ def out_of_memory(*_, **__):
             r"loading the model: out of memory; .*lora.rank=16.*Tried to allocate 2 GiB.$",
         ),
         ("tiny.encode_text", r"encoding prompts: out of memory; try model.t5_memory"),
-        ("tiny.load_reward", r"loading the models: out of memory"),
+        ("tiny.load_reward", r"loading the reward: out of memory"),
         ("srpo_core.trainer.rollout", r"the first rollout, before training: out of memory; try model.recompute=auto"),
         ("srpo_core.preview.rollout", r"evaluation before training: out of memory; .*output.evaluate_prompts=0"),
     ],
