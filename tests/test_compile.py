@@ -135,20 +135,34 @@ def test_a_copy_in_fp8_is_compiled_with_codes_made_anew():
     assert counters["stats"]["unique_graphs"] == graphs  # new codes need no new code
 
 
-def test_blocks_of_a_kind_share_their_code():
+@pytest.mark.parametrize("memory", ["full", "8bit", "fp8", "4bit"])
+def test_blocks_of_a_kind_share_their_code(memory):
+    """Also those with matrices in fewer bits beside a LoRA, with gradient and without."""
     from diffusers import FluxTransformer2DModel
 
     from srpo_core.models.flux import FluxFlow
 
-    module = FluxTransformer2DModel(
-        in_channels=16, num_layers=3, num_single_layers=4, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-    flow, said = FluxFlow(module, 2), []
-    compiler(said).blocks(module, flow.block_types)
-    with torch.no_grad():
-        flow.velocity(LATENTS, torch.tensor([0.9, 0.4]), PROMPTS, 1.0)
-    assert not said and counters["stats"]["unique_graphs"] <= 4  # the first of a kind may get inputs of other strides
+    def graphs(blocks):
+        torch._dynamo.reset()
+        counters.clear()
+        module = FluxTransformer2DModel(
+            in_channels=16, num_layers=blocks, num_single_layers=blocks, attention_head_dim=64, num_attention_heads=1,
+            joint_attention_dim=12, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(16, 24, 24),
+        )  # fmt: skip
+        flow, said = FluxFlow(module, 2), []
+        if memory != "full":
+            state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            fill_compressed(module, iter(state.items()), torch.float32, "cpu", {}, BLOCKS, memory)
+            add_lora(module, LoraConfig(rank=4), flow.lora_targets["all"], torch.Generator().manual_seed(3))
+        compiler(said).blocks(module, flow.block_types)
+        for gradient in (False, True):
+            with torch.set_grad_enabled(gradient):
+                flow.velocity(LATENTS, torch.tensor([0.9, 0.4]), PROMPTS, 1.0)
+        assert not said
+        return counters["stats"]["unique_graphs"]
+
+    # the first of a kind may get inputs of other strides, or without gradient
+    assert graphs(2) == graphs(5) <= 8
 
 
 # ---- where it can't be done

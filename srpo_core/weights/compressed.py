@@ -67,8 +67,20 @@ def fill_compressed(
     fill(module.requires_grad_(False), compressed(), None, device, file)
     for name, form in expanding.items():
         layer = module.get_submodule(name.removesuffix(".weight"))
-        parametrize.register_parametrization(layer, "weight", form, unsafe=True)
+        _expand(layer, form)
     return module
+
+
+_expanding: dict[type[nn.Module], type[nn.Module]] = {}
+"""By a layer's own class: the one of layers like it whose matrix is expanded when it is used."""
+
+
+def _expand(layer: nn.Module, form: Rows | Blocks) -> None:
+    """Have a layer's matrix come from its codes. Torch gives each layer a class of its own for that, and compiled code
+    is for layers of one class: blocks of a kind can only share theirs if their layers share it."""
+    plain = type(layer)
+    parametrize.register_parametrization(layer, "weight", form, unsafe=True)
+    layer.__class__ = _expanding.setdefault(plain, type(layer))
 
 
 def form_for(memory: str, layer: nn.Linear) -> type[Rows] | type[Blocks]:
