@@ -17,7 +17,6 @@ import gc
 import json
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,11 +57,10 @@ def settings_of(row: str, world: World) -> str:
     return " ".join([ALONE, *(word for word in row.split() if not word.startswith("parallel."))])
 
 
-def measure(settings: str, tiny: bool, world: World, profile: Path | None) -> dict[str, object]:
+def measure(settings: str, tiny: bool, profile: Path | None) -> dict[str, object]:
     """Seconds by phase, of the slowest process, and each one's memory."""
-    config = describe(settings, tiny)
-    alike = world.size > 1 and (config.parallel.strategy != "replicate" or config.parallel.context > 1)
-    world = replace(world, context=config.parallel.context, keeps_step=alike)
+    config = describe(settings, tiny, WARM_UP + MEASURED)
+    world = training_world(config.parallel)
     cuda = world.device.type == "cuda"
     start = time.perf_counter()
     _, _, learner = build(config, tiny, world)
@@ -142,7 +140,7 @@ def main() -> None:
         rate = gathering_rate(world, args.tiny) if world.size > 1 else None
         for name, row in wanted.items():
             settings = settings_of(row, world)
-            told = done[settings] = dict(done.get(settings) or measure(settings, args.tiny, world, args.profile))
+            told = done[settings] = dict(done.get(settings) or measure(settings, args.tiny, args.profile))
             told |= {} if rate is None else {"gathering_gb_per_second": round(rate / 1e9, 2)}
             gc.collect()
             if world.device.type == "cuda":
