@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from bench_memory import gib
-from bench_step import build, describe, profiled
+from bench_step import build, describe, launch_seconds, profiled
 
 from srpo_core.config import ParallelConfig
 from srpo_core.devices import training_world
@@ -39,7 +39,10 @@ ROWS = {
     "gathered for the step, compiled, what fits is kept": (
         "parallel.gathered=step model.compile=true model.recompute=auto"
     ),
-    "the same, 12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
+    "the same, each rollout call made": (
+        "parallel.gathered=step model.compile=true model.recompute=auto rollout.cuda_graph=false"
+    ),
+    "12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
     "two share a picture of 704 x 720": "parallel.context=2 parallel.gathered=step data.width=704",
     "the whole model on each, 12 calls, fp8 rollout": (
         "parallel.strategy=replicate model.trained_memory=bfloat16 optim.states=8bit model.compile=true"
@@ -87,6 +90,8 @@ def measure(settings: str, tiny: bool, profile: Path | None) -> dict[str, object
         row["held_gib"] = world.exchange(gib(torch.cuda.memory_allocated()))
         row["peak_gib"] = world.exchange(gib(torch.cuda.max_memory_allocated()))
         row["reserved_gib"] = world.exchange(gib(torch.cuda.max_memory_reserved()))
+        row["recorded_gib"] = world.exchange(gib(learner.recorded_bytes()))
+        row["host_microseconds_a_launch"] = world.exchange(round(1e6 * launch_seconds(world.device), 1))
         row["allocator_retries"] = world.exchange(torch.cuda.memory_stats()["num_alloc_retries"])
     if profile is not None:
         told = profiled(lambda: learner.step(WARM_UP + MEASURED + 1, Clock(lambda: None)), world.device)

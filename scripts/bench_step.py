@@ -66,6 +66,9 @@ ROWS = {
     "compiled, fp8 rollout, 12 calls": f"{FAST} rollout.calls=12",
     "12 calls, reward in bfloat16": f"{FAST} rollout.calls=12 reward.dtype=bfloat16",
     "12 calls, what fits is kept": f"{FAST} model.recompute=auto rollout.calls=12 reward.dtype=bfloat16",
+    "12 calls, what fits is kept, each call made": (
+        f"{FAST} model.recompute=auto rollout.calls=12 reward.dtype=bfloat16 rollout.cuda_graph=false"
+    ),
     "12 calls, deterministic": f"{FAST} rollout.calls=12 reward.dtype=bfloat16 parallel.deterministic=true",
     "LoRA, compiled, fp8 rollout": f"{FAST} {LORA}",
     "LoRA, compiled, fp8 rollout, batch 4": f"{FAST} {LORA} data.batch_size=4",
@@ -156,6 +159,7 @@ def measure(config: RunConfig, tiny: bool, profile: Path | None, compare: bool) 
     if device.type == "cuda":
         row["peak_gib"] = gib(torch.cuda.max_memory_allocated())
         row["reserved_gib"] = gib(torch.cuda.max_memory_reserved())
+        row["recorded_gib"] = gib(learner.recorded_bytes())
         row["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
         row["held_and_peak_gib_after_steps"] = {number: memory[number - 1] for number in sorted({1, 2, 3, count})}
     print("ROW " + json.dumps(row), flush=True)  # if what follows should fail
@@ -190,12 +194,26 @@ def rates(config: RunConfig, components: RandomFlux, step: float, device: torch.
     bf16, fp8 = matmul_rate(device, torch.bfloat16), fp8_rate(device)
     floor = rolled / (fp8 if config.rollout.precision == "fp8" else bf16) + aligned / bf16
     return {
+        "host_microseconds_a_launch": round(1e6 * launch_seconds(device), 1),
         "tflop": round((rolled + aligned) / 1e12, 1),
         "tflop_per_second": round((rolled + aligned) / step / 1e12, 1),
         "ceilings_tflop_per_second": {"bf16": round(bf16 / 1e12), "fp8 by rows": round(fp8 / 1e12)},
         "floor_seconds": round(floor, 3),
         "share_of_ceiling": round(floor / step, 3),
     }
+
+
+def launch_seconds(device: torch.device) -> float:
+    """What the host takes to queue a small operation, as far as it is free to."""
+    number = torch.zeros(1, device=device)
+    times = []
+    for _ in range(5):
+        float(number)  # waits until the device has done what was queued
+        start = time.perf_counter()
+        for _ in range(500):  # fewer than a GPU's queue holds
+            number.add_(1)
+        times.append((time.perf_counter() - start) / 500)
+    return statistics.median(times)
 
 
 def fp8_rate(device: torch.device) -> float:

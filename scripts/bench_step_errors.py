@@ -83,7 +83,7 @@ def gradient_error(
     plain = copy.copy(learner)  # a new one would have moments of its own
     plain.config, plain.attention = RunConfig(**settings), Attention()
     plain.rewards = [WeightedReward("hpsv2", reward, margin=config.reward.margin)]
-    plain._copy = plain._compiler = plain._keeping = None
+    plain._copy = plain._compiler = plain._keeping = plain._replay = None
     with uncompiled(parts.flow):
         exact, exact_loss = gradients(plain, number)
     row["gradient_error"] = beside(ours, exact) | {"loss": round(loss, 6), "exact_loss": round(exact_loss, 6)}

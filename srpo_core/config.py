@@ -189,6 +189,12 @@ class RolloutConfig(Section):
         description="micro-batches of an optimizer step (optim.accumulation) that are rolled out together: faster on a"
         " GPU that one leaves idle, with memory for so many at once",
     )
+    cuda_graph: bool = Field(
+        True,
+        description="record a model call as a CUDA graph and play it in the place of the others, with the same numbers:"
+        " a busy host no longer keeps the GPU waiting. On NVIDIA GPUs, where a step leaves the memory for it (0.5 GiB"
+        " at 720 x 720), and where calls send nothing to other processes",
+    )
 
     @model_validator(mode="after")
     def _calls(self) -> RolloutConfig:

@@ -18,7 +18,7 @@ from srpo_core.checkpoint import copy_tensors, read_shapes, stream_tensors
 from srpo_core.compact_adamw import CODES, decoded
 from srpo_core.compiling import Compiler, reason_of
 from srpo_core.config import RunConfig
-from srpo_core.errors import TrainingError, blamed_on
+from srpo_core.errors import TrainingError, blamed_on, ran_out_of_memory
 from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
@@ -37,6 +37,7 @@ from srpo_core.parallel import World
 from srpo_core.photos import load_photos
 from srpo_core.preference import ControlWords, preferred_and_other, two_wordings
 from srpo_core.randomness import generator_for
+from srpo_core.replay import Replay
 from srpo_core.rewards.mixture import WeightedReward
 from srpo_core.rollout import Rollout, Start, each_of, rollout, rollout_from_images
 from srpo_core.rollout_copy import RolloutCopy
@@ -78,6 +79,8 @@ class Parts:
     """The kernels that its calls use."""
     rollout_copy: RolloutCopy | None = None
     """What is rolled out in the flow's place."""
+    replay: Replay | None = None
+    """What records the rollouts' calls."""
     compiler: Compiler | None = None
     """What compiled the flow's blocks."""
     trained_on: str = ""
@@ -98,15 +101,14 @@ class Learner:
         self.flow, self.autoencoder, self.rewards = parts.flow, parts.autoencoder, parts.rewards
         self.words, self.data = parts.words, parts.data
         self.attention, self._copy, self._compiler = parts.attention, parts.rollout_copy, parts.compiler
+        self._replay = parts.replay
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
         self._keeping: Keeping | None = None
         self._has_gradients = False
         memory = memory_of(world.device) if config.model.recompute == "auto" else None
         if memory is not None:
             flow, decoder = self.flow, getattr(self.autoencoder, "module", None)
-            self._keeping = keep_what_fits(
-                flow.module, flow.block_types, decoder, memory, self._common, self._gradients_to_come
-            )
+            self._keeping = keep_what_fits(flow.module, flow.block_types, decoder, memory, self._common, self._aside)
         settle(self.flow.module)  # what a call before this one left gathered are no parameters to be trained
         self.trained = {name: p for name, p in self.flow.module.named_parameters() if p.requires_grad}
         self.parts = parts_of(self.trained)
@@ -127,13 +129,25 @@ class Learner:
                 raise TrainingError(
                     f"model.compile=true can't be done here ({reason_of(error)}), set it to false"
                 ) from error
-            if not compiled or self.world.size > 1 or not self._compilers(error):
+            if self.world.size > 1 or not ((compiled and self._compilers(error)) or self._makes_room(error)):
                 raise
         return self._step(number, clock)
+
+    def _makes_room(self, error: RuntimeError) -> bool:
+        """Whether a step that ran out of memory can be tried with what recorded rollouts took."""
+        return ran_out_of_memory(error) and self._replay is not None and self._replay.stop()
 
     def _common(self, first: int) -> int:
         """The first block that each process can keep, where some share a picture; see Keeping."""
         return max(self.world.exchange(first)) if self.world.context > 1 else first
+
+    def _aside(self) -> int:
+        """Bytes that a backward pass finds taken, or takes and gives none back of; see Keeping."""
+        return self._gradients_to_come() + self.recorded_bytes()
+
+    def recorded_bytes(self) -> int:
+        """What recorded rollouts hold of the device's memory, beside what is in use by tensors."""
+        return 0 if self._replay is None else self._replay.taken
 
     def _gradients_to_come(self) -> int:
         """Bytes of a step's gradients before its first backward pass, of parts: FSDP makes them on a stream of its own.
@@ -176,6 +190,8 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             for parameter in self.trained.values():
                 parameter.grad = None
+        if self._replay is not None:
+            self._replay.ready = True
         liked, disliked = words
         summary = over_processes(self.world.exchange(tally.summary())[:: self.world.context])
         return StepMetrics(number, liked=liked, disliked=disliked, grad_norm=float(grad_norm), lr=lr, **summary)
@@ -272,10 +288,11 @@ class Learner:
         copied = self._copy is not None and any(start.images is None for start in starts)
         copy = self._copy.filled() if copied else contextlib.nullcontext(self.flow)
         with gathered(self.flow.module, self.config.parallel.gathered == "rollout"), copy as flow:
+            model = flow if self._replay is None else self._replay.of(flow)
 
             def sample(prompts: PromptBatch, noise: Tensor) -> Rollout:
                 self._check()
-                return rollout(flow, prompts, noise, sigmas, config.guidance, check, config.calls)
+                return rollout(model, prompts, noise, sigmas, config.guidance, check, config.calls)
 
             for first in range(0, len(starts), config.at_once):
                 group = starts[first : first + config.at_once]

@@ -188,6 +188,14 @@ def settle(module: nn.Module) -> None:
         one.reshard()
 
 
+def leave_streams_alone(module: nn.Module) -> None:
+    """Before a call of a module that is gathered: it waits for no other streams, and has none of them wait for it."""
+    if hasattr(module, "set_post_optim_event"):
+        now = torch.cuda.Event()
+        now.record()
+        module.set_post_optim_event(now)
+
+
 @contextlib.contextmanager
 def gathered(module: nn.Module, stay: bool) -> Iterator[None]:
     """Inside the context blocks stay gathered once they are, if they are to `stay`; afterwards none is."""

@@ -11,6 +11,7 @@ from srpo_core.compiling import WARNING, make_compiler
 from srpo_core.config import RunConfig
 from srpo_core.learner import Parts
 from srpo_core.parallel import World
+from srpo_core.replay import can_record, make_replay
 from srpo_core.rollout_copy import RolloutCopy
 
 TOKENS_SHARED = (
@@ -20,7 +21,7 @@ TOKENS_SHARED = (
 
 
 def speed_up(config: RunConfig, parts: Parts, world: World, report: Callable[[str], None]) -> list[str]:
-    """Attention kernels, compiled blocks and the copy for rollouts, as the run's settings ask for them.
+    """Attention kernels, compiled blocks, the copy for rollouts and its recorder, as the run's settings ask for them.
 
     The flow is ready to be trained. Returns notes for the user; `report` is told of what can't be done later on.
     ConfigError for what the device or the model can't do.
@@ -49,4 +50,6 @@ def speed_up(config: RunConfig, parts: Parts, world: World, report: Callable[[st
             notes.append(WARNING)
     if config.rollout.precision == "fp8":
         parts.rollout_copy = RolloutCopy(flow, getattr(torch, config.model.dtype), compiler)
+    if can_record(config, flow, device):
+        parts.replay = make_replay(device, report)
     return notes

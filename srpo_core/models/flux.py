@@ -75,6 +75,8 @@ class FluxFlow:
         "all": _ATTENTION + _MLP,
     }
 
+    recordable = True
+
     def __init__(self, module: FluxTransformer2DModel, downscale: int = 8, dtype: torch.dtype = torch.float32) -> None:
         self.module = module
         self.downscale = downscale

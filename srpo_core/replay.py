@@ -1,0 +1,232 @@
+"""A rollout's model calls recorded as CUDA graphs and played again: the host queues one thing instead of thousands.
+
+A call of FLUX.1-dev starts some 1,500 kernels. On a fast GPU they take less time than a busy host needs to queue them,
+and of several processes each waits for the one whose host is slowest. What is played are the same kernels with the same
+numbers: the results are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from srpo_core.compiling import reason_of
+from srpo_core.config import RunConfig
+from srpo_core.errors import ran_out_of_memory
+from srpo_core.interfaces import FlowModel, PromptBatch, TrainableFlow
+from srpo_core.keeping import CudaMemory, Memory
+from srpo_core.sharding import is_part, is_sharded, leave_streams_alone
+
+Addresses = tuple[int, ...]
+
+
+class Recording(Protocol):
+    """Work that was recorded, and where it puts its result when it is played."""
+
+    out: Tensor
+
+    def play(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """What records work on a device; what it holds beside what is in use by tensors, in bytes."""
+
+    taken: int
+
+    def record(self, work: Callable[[], Tensor]) -> Recording: ...
+
+    def forget(self) -> None:
+        """Give back the memory of recordings, none of which is played any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class CudaGraph:
+    """A CUDA graph of some work."""
+
+    graph: torch.cuda.CUDAGraph
+    out: Tensor
+
+    def play(self) -> None:
+        self.graph.replay()
+
+
+class CudaGraphs:
+    """Records on a CUDA device. All graphs work in the same memory, so results have to be fetched before the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.taken, self._device = 0, device
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def record(self, work: Callable[[], Tensor]) -> CudaGraph:
+        """The work, which is not done by this; RuntimeError if it is none for a graph or there is no memory.
+
+        A graph that takes another's place has to be there before that one goes: theirs is the memory that is used.
+        """
+        if self._pool is None:
+            torch.cuda.empty_cache()  # what the allocator holds of other memory, graphs can't have
+        self._stream = self._stream or torch.cuda.Stream(self._device)
+        before = torch.cuda.memory_reserved(self._device)
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")  # other threads may do as they please
+            try:
+                out = work()
+            finally:
+                graph.capture_end()
+        self._pool = graph.pool()
+        self.taken += torch.cuda.memory_reserved(self._device) - before
+        return CudaGraph(graph, out)
+
+    def forget(self) -> None:
+        self.taken, self._pool = 0, None
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A recorded call of a flow: it reads its arguments and the weights where they were when it was recorded."""
+
+    recording: Recording
+    arguments: dict[str, Tensor]
+    addresses: Addresses
+
+    def play(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> Tensor:
+        given = _arguments(latents, sigma, prompts)
+        for name, tensor in self.arguments.items():
+            tensor.copy_(given[name])
+        self.recording.play()
+        return self.recording.out.clone()
+
+
+class Replay:
+    """Records a flow's calls, one for each shape, and again when its weights have moved.
+
+    Nothing is recorded before the first step is done, which compiles and shows how much memory a step takes; nor where
+    the recorder would leave too little for such a step. `report` is told if recording fails: calls are made as ever
+    then.
+    """
+
+    def __init__(self, recorder: Recorder, memory: Memory, report: Callable[[str], None]) -> None:
+        self.ready = False
+        """Set once a step is done."""
+        self._recorder, self._memory, self._report = recorder, memory, report
+        self._calls: dict[object, _Call] = {}
+        self._stopped = False
+
+    @property
+    def taken(self) -> int:
+        """Bytes that recordings hold."""
+        return self._recorder.taken
+
+    def of(self, flow: TrainableFlow) -> FlowModel:
+        """The flow for rollouts without gradient, as long as nothing moves or gathers its weights but its own calls."""
+        return _Replayed(flow, self) if self.ready and not self._stopped else flow
+
+    def stop(self) -> bool:
+        """Record and play nothing any more, and give back the memory that it took; whether it took any."""
+        held = bool(self.taken)
+        self._stopped = True
+        self._calls.clear()
+        self._recorder.forget()
+        return held
+
+    def find(self, key: object, addresses: Addresses) -> _Call | None:
+        """A recorded call that reads weights at these addresses."""
+        call = self._calls.get(key)
+        return call if call is not None and call.addresses == addresses else None
+
+    def record(
+        self, flow: TrainableFlow, key: object, addresses: Addresses, arguments: dict[str, Tensor], guidance: float
+    ) -> _Call | None:
+        """A call with arguments like these; None if that can't be done, now and ever after."""
+        if self._stopped:
+            return None
+        kept = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in arguments.items()}
+        embeds = {name.removeprefix(EMBEDS): tensor for name, tensor in kept.items() if name.startswith(EMBEDS)}
+        prompts = PromptBatch(("",) * len(kept["latents"]), embeds)
+        leave_streams_alone(flow.module)
+        try:
+            recording = self._recorder.record(lambda: flow.velocity(kept["latents"], kept["sigma"], prompts, guidance))
+        except RuntimeError as error:
+            self.stop()
+            if not ran_out_of_memory(error):
+                reason = reason_of(error)
+                self._report(f"rollout.cuda_graph=true can't be done here, the run goes on without: {reason}")
+            return None
+        if self._memory.room() + self._memory.allocated() - self._memory.peak() < self.taken:
+            del recording
+            self.stop()
+            return None
+        self._calls[key] = call = _Call(recording, kept, addresses)
+        return call
+
+
+EMBEDS = "embeds "
+
+
+def _arguments(latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> dict[str, Tensor]:
+    return {"latents": latents, "sigma": sigma} | {EMBEDS + name: one for name, one in prompts.embeds.items()}
+
+
+class _Replayed:
+    """A flow whose calls are played where they are recorded: see Replay.of."""
+
+    def __init__(self, flow: TrainableFlow, replay: Replay) -> None:
+        self._flow, self._replay = flow, replay
+        self._addresses = addresses_of(flow.module)
+        self._made: set[object] = set()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return self._flow.latent_shape(height, width)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, guidance: float) -> Tensor:
+        arguments = _arguments(latents, sigma, prompts)
+        shapes = tuple((name, one.shape, one.dtype) for name, one in arguments.items())
+        key = (shapes, guidance)
+        call = self._replay.find(key, self._addresses) if self._addresses is not None else None
+        if call is None and key in self._made:  # a call has been made: weights are gathered, code is compiled
+            self._addresses = self._addresses or addresses_of(self._flow.module)
+            call = self._addresses and (
+                self._replay.find(key, self._addresses)
+                or self._replay.record(self._flow, key, self._addresses, arguments, guidance)
+            )
+        if call:
+            return call.play(latents, sigma, prompts)
+        self._made.add(key)
+        return self._flow.velocity(latents, sigma, prompts, guidance)
+
+
+def addresses_of(module: nn.Module) -> Addresses | None:
+    """Where all of a module's tensors are; None if some are in parts, to be gathered by its next call."""
+    found = []
+    for one in module.modules():
+        for tensor in (*one._parameters.values(), *one._buffers.values(), *vars(one).values()):
+            if isinstance(tensor, Tensor):
+                if is_part(tensor):
+                    return None
+                found.append(tensor.data_ptr())
+    return tuple(found)
+
+
+def can_record(config: RunConfig, flow: TrainableFlow, device: torch.device) -> bool:
+    """Whether a run's rollouts can be recorded, as far as its settings tell.
+
+    A flow says `recordable = True` if its calls ask the device nothing and read nothing but their arguments and what
+    its module holds. Messages to other processes are not recorded: where some share a picture, or gather blocks call
+    by call, each call is made.
+    """
+    sends = config.parallel.context > 1 or (is_sharded(config.parallel) and config.parallel.gathered == "layer")
+    wanted = config.rollout.cuda_graph and device.type == "cuda"
+    return wanted and not sends and getattr(flow, "recordable", False)
+
+
+def make_replay(device: torch.device, report: Callable[[str], None]) -> Replay:
+    """Of CUDA graphs on a device."""
+    return Replay(CudaGraphs(device), CudaMemory(device), report)

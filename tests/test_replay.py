@@ -1,0 +1,308 @@
+"""Recorded rollout calls: the same numbers, recorded anew where they have to be, and given up where they don't fit.
+
+A CPU has no graphs: there `Again` does recorded work once more when it is played, and what is tried is when something
+is recorded. The last tests try CUDA graphs themselves, on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from tiny import encode_text, tiny_config, tiny_flow
+
+from srpo_core.assemble import assemble
+from srpo_core.flow import shifted_sigmas
+from srpo_core.metrics import Clock
+from srpo_core.replay import CudaGraphs, Replay, addresses_of, can_record
+from srpo_core.rollout import rollout
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+@dataclass
+class Again:
+    """Records work by keeping it: played, it is done again and its result put where the first one was."""
+
+    each: int = 100
+    """Bytes that a recording takes."""
+    fails: Exception | None = None
+    taken: int = 0
+    recorded: int = 0
+    played: list[int] = field(default_factory=list)
+
+    def record(self, work):
+        if self.fails is not None:
+            raise self.fails
+        self.recorded += 1
+        self.taken += self.each
+        return _Again(self, work, self.recorded)
+
+    def forget(self):
+        self.taken = 0
+
+
+class _Again:
+    def __init__(self, owner, work, number):
+        self.owner, self.work, self.number = owner, work, number
+        self.out = torch.full((), torch.nan)
+
+    def play(self):
+        self.owner.played.append(self.number)
+        self.out = self.work()
+
+
+@dataclass
+class Room:
+    """Memory of a device with `free` bytes beside the most that was in use."""
+
+    free: int = GIB
+
+    def allocated(self) -> int:
+        return 10
+
+    def peak(self) -> int:
+        return 50
+
+    def room(self) -> int:
+        return self.free + self.peak() - self.allocated()
+
+
+def replay_with(recorder, room=GIB):
+    told = []
+    replay = Replay(recorder, Room(room), told.append)
+    replay.ready = True
+    return replay, told
+
+
+def rolled_out(model, prompts=("a cat", "a dog"), steps=5, calls=0, seed=0, guidance=1.0):
+    noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return rollout(model, encode_text(prompts), noise, shifted_sigmas(steps, 3.0), guidance, calls=calls).clean
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_played_calls_draw_what_calls_draw(calls):
+    flow, recorder = tiny_flow(), Again()
+    replay, _ = replay_with(recorder)
+    for seed, prompts in enumerate([("a cat", "a dog"), ("a tree", "a boat")]):
+        ours = rolled_out(replay.of(flow), prompts, calls=calls, seed=seed)
+        assert torch.equal(ours, rolled_out(flow, prompts, calls=calls, seed=seed))
+    assert recorded_and_played(recorder) == (1, 2 * (calls or 5) - 1)  # all but the very first
+
+
+def recorded_and_played(recorder):
+    return recorder.recorded, len(recorder.played)
+
+
+def test_each_shape_and_guidance_has_a_recording_of_its_own():
+    flow, recorder = tiny_flow(), Again()
+    replay, _ = replay_with(recorder)
+    model = replay.of(flow)
+    ways = [{}, {"prompts": ("a cat",)}, {"guidance": 3.5}]
+    for way in ways + ways[::-1]:
+        assert torch.equal(rolled_out(model, **way), rolled_out(flow, **way))
+    assert recorded_and_played(recorder) == (3, 3 * 4 + 3 * 5)
+    assert set(recorder.played) == {1, 2, 3}
+    assert replay.taken == 300
+
+
+def test_moved_weights_are_recorded_where_they_are():
+    """Changed in place they are read as they are now; elsewhere nothing recorded before is played."""
+    flow, recorder = tiny_flow(), Again()
+    replay, _ = replay_with(recorder)
+    rolled_out(replay.of(flow))
+    layer = flow.module.single_transformer_blocks[0].proj_mlp
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
+    assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
+    assert recorder.recorded == 1
+    layer.weight.data = layer.weight.data * 2
+    assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
+    assert recorder.recorded == 2 and set(recorder.played[-4:]) == {2}
+
+
+def test_all_tensors_of_a_module_have_an_address():
+    """Parameters, buffers and what a layer holds beside them, such as codes that are put there."""
+    layer = torch.nn.BatchNorm1d(4)
+    layer.table = torch.ones(3)
+    tensors = [*layer.parameters(), *layer.buffers(), layer.table]
+    assert sorted(addresses_of(layer)) == sorted(tensor.data_ptr() for tensor in tensors)
+
+
+def test_no_recording_before_a_step_is_done():
+    flow = tiny_flow()
+    replay = Replay(Again(), Room(), lambda _: None)
+    assert replay.of(flow) is flow
+
+
+@pytest.mark.parametrize("room", [100, 99], ids=["fits", "doesn't"])
+def test_a_recording_that_leaves_too_little_is_given_back(room):
+    flow, recorder = tiny_flow(), Again(each=100)
+    replay, told = replay_with(recorder, room)
+    assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
+    assert replay.taken == (100 if room == 100 else 0) and not told
+    assert bool(recorder.played) == (room == 100)
+    assert (replay.of(flow) is flow) == (room != 100)  # and is not tried again
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), "not permitted when stream"),
+        (torch.OutOfMemoryError("CUDA out of memory"), ""),
+    ],
+)
+def test_what_can_not_be_recorded_is_called(error, said):
+    flow, recorder = tiny_flow(), Again(fails=error)
+    replay, told = replay_with(recorder)
+    for _ in range(2):
+        assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
+    assert len(told) == bool(said) and all("rollout.cuda_graph=true" in one and said in one for one in told)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "wanted"),
+    [
+        ({}, "cuda", True),
+        ({}, "cpu", False),
+        ({"rollout__cuda_graph": False}, "cuda", False),
+        ({"parallel": {"context": 2, "processes": 2}}, "cuda", False),
+        ({"parallel": {"strategy": "shard", "processes": 2}}, "cuda", False),
+        ({"parallel": {"strategy": "shard", "processes": 2, "gathered": "step"}}, "cuda", True),
+        ({"parallel": {"strategy": "hybrid", "processes": 2, "gathered": "rollout"}}, "cuda", True),
+        ({"parallel": {"processes": 2}}, "cuda", True),
+    ],
+)
+def test_what_is_recorded(tmp_path, settings, device, wanted):
+    """What sends messages to other processes isn't, nor a flow that doesn't say it can be."""
+    config = tiny_config(tmp_path, **settings)
+
+    class Other:
+        module = tiny_flow().module
+
+    assert can_record(config, tiny_flow(), torch.device(device)) == wanted
+    assert not can_record(config, Other(), torch.device(device))
+
+
+def trained(tmp_path, name, recorder=None, steps=3, **settings):
+    """A learner after some steps, with its rollouts recorded by a recorder, if any, and what its last step told."""
+    learner = assemble(tiny_config(tmp_path / name, **settings)).learner
+    if recorder is not None:
+        learner._replay = Replay(recorder, Room(), lambda _: None)
+    told = None
+    for step in range(1, steps + 1):
+        told = learner.step(step, Clock(lambda: None))
+    return learner, told
+
+
+@pytest.mark.parametrize(
+    ("settings", "recordings"),
+    [
+        ({}, 1),
+        ({"lora__rank": 2, "optim__accumulation": 3, "rollout__at_once": 2}, 2),
+        ({"rollout": {"num_steps": 4, "precision": "fp8"}}, 0),
+    ],
+    ids=["plain", "two shapes", "fp8"],
+)
+def test_a_run_learns_the_same_with_its_rollouts_recorded(tmp_path, settings, recordings):
+    recorder = Again()
+    ours, told = trained(tmp_path, "ours", recorder, **settings)
+    theirs, wanted = trained(tmp_path, "theirs", **settings)
+    assert told.loss == wanted.loss
+    assert all(torch.equal(p, theirs.trained[name]) for name, p in ours.trained.items())
+    assert recorder.recorded >= 1 and (not recordings or recorder.recorded == recordings)  # codes of fp8 may move
+    assert ours._aside() == recorder.taken > 0  # which no activations can have
+
+
+def test_a_step_that_runs_out_of_memory_is_tried_without_recordings(tmp_path, monkeypatch):
+    recorder = Again()
+    learner, _ = trained(tmp_path, "run", recorder, steps=2)
+    real, asked = learner._add_gradients, []
+
+    def full(*args):
+        asked.append(recorder.taken)
+        if recorder.taken:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args)
+
+    monkeypatch.setattr(learner, "_add_gradients", full)
+    told = learner.step(3, Clock(lambda: None))
+    assert asked == [100, 0]
+    assert told.loss == trained(tmp_path, "without")[1].loss
+    recorder.taken = 1  # of nothing that could be given back
+    learner._replay.stop = lambda: False
+    with pytest.raises(torch.OutOfMemoryError):
+        learner.step(4, Clock(lambda: None))
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes an NVIDIA GPU")
+ON_GPU = {"parallel": {"device": "cuda", "deterministic": True}, "model__attention": "native"}
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {
+            "lora__rank": 2,
+            "optim__accumulation": 3,
+            "model__dtype": "bfloat16",
+            "rollout": {"num_steps": 3, "at_once": 2},
+        },
+        {"rollout": {"num_steps": 5, "calls": 3}, "model__dtype": "bfloat16", "optim__ema_decay": 0.5},
+        {"model__dtype": "bfloat16", "model__trained_memory": "bfloat16", "optim__states": "8bit"},
+        {"model__compile": True, "model__dtype": "bfloat16"},
+    ],
+    ids=["plain", "lora", "calls", "8bit", "compiled"],
+)
+def test_a_gpu_learns_the_same_with_cuda_graphs(tmp_path, settings):
+    from srpo_core.deterministic import deterministic
+
+    with deterministic(True):
+        ours, told = trained(tmp_path, "ours", **ON_GPU, **settings)
+        direct = {"rollout": {"num_steps": 3, **settings.get("rollout", {}), "cuda_graph": False}}
+        theirs, wanted = trained(tmp_path, "theirs", **ON_GPU | settings | direct)
+    assert ours._replay.taken > 0 and theirs._replay is None
+    assert told.loss == wanted.loss
+    assert all(torch.equal(p, theirs.trained[name]) for name, p in ours.trained.items())
+
+
+@needs_gpu
+def test_a_gpu_s_graphs_use_the_same_memory_again():
+    """Recorded anew as often as weights move, they take no more than the first did; forgotten, they take none."""
+    device = torch.device("cuda")
+    flow, graphs = tiny_flow(), CudaGraphs(device)
+    flow.module.to(device)
+    noise = torch.randn(2, 4, 8, 8, device=device)
+    prompts, sigmas = encode_text(("a cat", "a dog")).to(device), shifted_sigmas(4, 3.0)
+    replay = Replay(graphs, Room(), lambda told: pytest.fail(told))
+    replay.ready = True
+    layer, seen = flow.module.single_transformer_blocks[0].proj_mlp, []
+    for _ in range(5):
+        layer.weight.data = layer.weight.data.clone() * 1.1
+        ours = rollout(replay.of(flow), prompts, noise, sigmas, 1.0).clean
+        assert torch.equal(ours, rollout(flow, prompts, noise, sigmas, 1.0).clean)
+        seen.append(graphs.taken)
+    assert seen[0] > 0 and len(set(seen)) == 1
+    before = torch.cuda.memory_reserved()
+    assert replay.stop() and graphs.taken == 0
+    assert torch.cuda.memory_reserved() < before
+
+
+@needs_gpu
+def test_what_a_gpu_can_not_record_is_called():
+    """A call that asks the device a number breaks a recording off, and nothing else."""
+    device = torch.device("cuda")
+    flow, told = tiny_flow(), []
+    flow.module.to(device)
+    flow.module.proj_out.register_forward_hook(lambda _, __, out: out * (1.0 if float(out.sum()) else 2.0))
+    replay = Replay(CudaGraphs(device), Room(), told.append)
+    replay.ready = True
+    noise, prompts = torch.randn(1, 4, 8, 8, device=device), encode_text(("a cat",)).to(device)
+    for _ in range(2):
+        ours = rollout(replay.of(flow), prompts, noise, shifted_sigmas(4, 3.0), 1.0).clean
+        assert torch.equal(ours, rollout(flow, prompts, noise, shifted_sigmas(4, 3.0), 1.0).clean)
+    assert len(told) == 1 and "rollout.cuda_graph=true" in told[0]
