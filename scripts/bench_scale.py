@@ -42,7 +42,13 @@ ROWS = {
     "the same, each rollout call made": (
         "parallel.gathered=step model.compile=true model.recompute=auto rollout.cuda_graph=false"
     ),
+    "the same, both branches in one pass": (
+        "parallel.gathered=step model.compile=true model.recompute=auto align.at_once=2"
+    ),
     "12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
+    "12 calls, both branches in one pass": (
+        "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12 align.at_once=2"
+    ),
     "two share a picture of 704 x 720": "parallel.context=2 parallel.gathered=step data.width=704",
     "the whole model on each, 12 calls, fp8 rollout": (
         "parallel.strategy=replicate model.trained_memory=bfloat16 optim.states=8bit model.compile=true"

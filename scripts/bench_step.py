@@ -69,6 +69,7 @@ ROWS = {
     "12 calls, what fits is kept, each call made": (
         f"{FAST} model.recompute=auto rollout.calls=12 reward.dtype=bfloat16 rollout.cuda_graph=false"
     ),
+    "12 calls, both branches in one pass": f"{FAST} rollout.calls=12 reward.dtype=bfloat16 align.at_once=2",
     "12 calls, deterministic": f"{FAST} rollout.calls=12 reward.dtype=bfloat16 parallel.deterministic=true",
     "LoRA, compiled, fp8 rollout": f"{FAST} {LORA}",
     "LoRA, compiled, fp8 rollout, batch 4": f"{FAST} {LORA} data.batch_size=4",

@@ -78,6 +78,7 @@ def gradient_error(
     parts.flow.module.enable_gradient_checkpointing()  # uncompiled activations and a second gradient don't fit
     settings = config.model_dump()
     settings["rollout"] |= {"calls": 0, "precision": "model", "at_once": 1}
+    settings["align"] |= {"at_once": 1}
     settings["model"] |= {"compile": False, "attention": "native"}
     parts.flow.attention = Attention()
     plain = copy.copy(learner)  # a new one would have moments of its own

@@ -86,6 +86,17 @@ def sample_align_steps(
     return [align_step_at(branch, m, levels, config.step_fraction, ramps[branch]) for branch in config.branches]
 
 
+def side_by_side(rollout: Rollout, steps: Sequence[AlignStep]) -> tuple[Rollout, AlignStep]:
+    """Several steps from one rollout of B as one step of len(steps) * B samples: first all of the first one's."""
+    if len(steps) == 1:
+        return rollout, steps[0]
+    values = (
+        torch.cat([torch.as_tensor(getattr(step, name)).expand(len(rollout.clean)) for step in steps])
+        for name in ("sigma", "sigma_next", "k")
+    )
+    return rollout.times(len(steps)), AlignStep(*values)
+
+
 def direct_align(flow: FlowModel, rollout: Rollout, step: AlignStep, guidance: float) -> Tensor:
     """Clean latents [B, C, h, w] recovered through one model call at step.sigma, with gradient.
 

@@ -225,6 +225,14 @@ class AlignConfig(Section):
         0.1, gt=0, lt=0.5, description="length of the gradient step as a part of the training range"
     )
     draws_per_rollout: int = Field(1, ge=1, le=64, description="levels trained on from one rollout")
+    at_once: int = Field(
+        1,
+        ge=1,
+        le=128,
+        description="branches and draws of a micro-batch that are trained on in one pass: 2 takes both branches, which"
+        " is faster on a GPU that one leaves idle or whose host is busy, and has processes that hold parts of the model"
+        " exchange gradients half as often; with memory for so many pictures",
+    )
     guidance: float = Field(3.5, ge=0, le=100, description="distilled guidance of the gradient step")
     k_denoise: tuple[float, float] = Field(
         (0.1, 0.25),

@@ -275,9 +275,14 @@ def _units(config: RunConfig, shapes: Shapes, size: Size) -> int:
     return config.data.batch_size * shapes.tokens(*size) * shapes.width // config.parallel.context
 
 
+def _together(config: RunConfig) -> int:
+    """Branches and draws of a micro-batch in one pass."""
+    return min(config.align.at_once, len(config.align.branches) * config.align.draws_per_rollout)
+
+
 def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size) -> int:
     """What the gradient step holds at its peak: the decoder's backward pass, or that of a block of the model."""
-    model, units = config.model, _units(config, shapes, size)
+    model, units = config.model, _together(config) * _units(config, shapes, size)
     number, wide = (NARROW, 1) if model.dtype == "bfloat16" else (4, 2)
     block = wide * BLOCK * units
     if model.recompute:
@@ -322,5 +327,5 @@ def _decoding(config: RunConfig, shapes: Shapes, size: Size, gradient: bool) -> 
     """Activations of the decoder, the reward's own aside."""
     each = (DECODE_RECOMPUTED if config.model.recompute else DECODE_KEPT) if gradient else DECODE
     wide = 1 if config.model.dtype == "bfloat16" else 2
-    pixels = config.data.batch_size * size[0] * size[1]
+    pixels = (_together(config) if gradient else 1) * config.data.batch_size * size[0] * size[1]
     return round(wide * each * pixels * shapes.decoder)

@@ -34,7 +34,7 @@ def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
     model, data, lora = config.model, config.data, config.lora
     if model.t5_memory != "8bit":
         yield {"model.t5_memory": "8bit"}
-    yield from _slower_rollouts(config)
+    yield from _slower(config)
     if not model.recompute:
         yield {"model.recompute": "auto"}
     if data.batch_size > 1:  # as many pictures a step
@@ -63,8 +63,10 @@ def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
             yield _scaled(config, shapes, side)
 
 
-def _slower_rollouts(config: RunConfig) -> Iterator[Change]:
-    """Changes that only take time: to draw fewer at once, without a copy, and to gather a model's parts more often."""
+def _slower(config: RunConfig) -> Iterator[Change]:
+    """Changes that only take time: fewer at once, rollouts without a copy, and parts of a model gathered more often."""
+    if config.align.at_once > 1:
+        yield {"align.at_once": 1}
     if config.rollout.at_once > 1:
         yield {"rollout.at_once": 1}
     if config.rollout.precision == "fp8":

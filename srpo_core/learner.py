@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
-from srpo_core.align import AlignStep, direct_align, sample_align_steps
+from srpo_core.align import AlignStep, direct_align, sample_align_steps, side_by_side
 from srpo_core.attention import Attention
 from srpo_core.checkpoint import copy_tensors, read_shapes, stream_tensors
 from srpo_core.compact_adamw import CODES, decoded
@@ -214,28 +214,45 @@ class Learner:
         finite.add(clean.clean, "the rollout")
         optim, draws = self.config.optim, self.config.align.draws_per_rollout
         steps = [each for draw in range(draws) for each in self._align_steps(number, micro, draw)]
-        for i, (branch, align_step) in enumerate(steps):
+        for first in range(0, len(steps), at_once := self.config.align.at_once):
             self._check()
-            loss = self._branch_loss(clean, branch, align_step, words, tally)
-            finite.add(loss, f"the loss of the {branch} branch")
+            chosen = steps[first : first + at_once]
+            losses = self._losses(clean, chosen, words, tally)
+            for loss, (branch, _) in zip(losses, chosen, strict=True):
+                finite.add(loss, f"the loss of the {branch} branch")
             self._check()
-            sum_over_machines(self.flow.module, micro == optim.accumulation - 1 and i == len(steps) - 1)
-            (loss * self.world.context).backward()  # each of a group has a part of the gradient, not all
+            sum_over_machines(self.flow.module, micro == optim.accumulation - 1 and first + at_once >= len(steps))
+            (sum(losses) * self.world.context).backward()  # each of a group has a part of the gradient, not all
             self._has_gradients = True
 
+    def _losses(
+        self, clean: Rollout, steps: Sequence[tuple[str, AlignStep]], words: tuple[str, str], tally: Tally
+    ) -> list[Tensor]:
+        """What some branches' steps are to the loss of the optimizer step, with gradient: by one model call."""
+        recovered = direct_align(
+            self.flow, *side_by_side(clean, [step for _, step in steps]), self.config.align.guidance
+        )
+        with blamed_on("the autoencoder (model.autoencoder)"):
+            images = self.autoencoder.decode(recovered).chunk(len(steps))
+        prompts = clean.prompts.prompts
+        return [self._branch_loss(of, prompts, *each, words, tally) for of, each in zip(images, steps, strict=True)]
+
     def _branch_loss(
-        self, clean: Rollout, branch: str, align_step: AlignStep, words: tuple[str, str], tally: Tally
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        branch: str,
+        align_step: AlignStep,
+        words: tuple[str, str],
+        tally: Tally,
     ) -> Tensor:
-        """A branch's part of the step's loss, with gradient."""
+        """A branch's part of the step's loss, by its images, with gradient."""
         optim, align = self.config.optim, self.config.align
         preferred, other = preferred_and_other(*words, align_step.denoises)
-        recovered = direct_align(self.flow, clean, align_step, align.guidance)
-        with blamed_on("the autoencoder (model.autoencoder)"):
-            images = self.autoencoder.decode(recovered)
         scores, preferred_values, loss = {}, {}, torch.zeros((), device=images.device)
         for part in self.rewards:
             with blamed_on(f"the reward (reward.name={part.name!r})"):
-                pair = two_wordings(part.reward, images, clean.prompts.prompts, preferred, other)
+                pair = two_wordings(part.reward, images, prompts, preferred, other)
             preferred_values[part.name] = pair[0].detach()
             score = part.score(*pair, align_step.k)
             scores[part.name] = score.detach()

@@ -39,6 +39,14 @@ class Recorder(Protocol):
 
     def record(self, work: Callable[[], Tensor]) -> Recording: ...
 
+    def mark(self) -> None:
+        """Remember what the device has been given to do so far."""
+        ...
+
+    def is_idle(self) -> bool:
+        """Whether the device has done all that, without waiting for it."""
+        ...
+
     def forget(self) -> None:
         """Give back the memory of recordings, none of which is played any more."""
         ...
@@ -62,6 +70,7 @@ class CudaGraphs:
         self.taken, self._device = 0, device
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._marked: torch.cuda.Event | None = None
 
     def record(self, work: Callable[[], Tensor]) -> CudaGraph:
         """The work, which is not done by this; RuntimeError if it is none for a graph or there is no memory.
@@ -83,6 +92,13 @@ class CudaGraphs:
         self._pool = graph.pool()
         self.taken += torch.cuda.memory_reserved(self._device) - before
         return CudaGraph(graph, out)
+
+    def mark(self) -> None:
+        self._marked = self._marked or torch.cuda.Event()
+        self._marked.record(torch.cuda.current_stream(self._device))
+
+    def is_idle(self) -> bool:
+        return self._marked is not None and self._marked.query()
 
     def forget(self) -> None:
         self.taken, self._pool = 0, None
@@ -107,6 +123,9 @@ class _Call:
 
 class Replay:
     """Records a flow's calls, one for each shape, and again when its weights have moved.
+
+    Recording takes the host about as long as making a call does. Where weights move in each step (codes in fp8,
+    gathered parts) that pays if the device waits for the host anyway, and is done then; else calls are made as ever.
 
     Nothing is recorded before the first step is done, which compiles and shows how much memory a step takes; nor where
     the recorder would leave too little for such a step. `report` is told if recording fails: calls are made as ever
@@ -136,6 +155,14 @@ class Replay:
         self._calls.clear()
         self._recorder.forget()
         return held
+
+    def made(self) -> None:
+        """A call has been made."""
+        self._recorder.mark()
+
+    def is_due(self, key: object) -> bool:
+        """Whether a call should be recorded now: the first time, or as the device has nothing to do."""
+        return key not in self._calls or self._recorder.is_idle()
 
     def find(self, key: object, addresses: Addresses) -> _Call | None:
         """A recorded call that reads weights at these addresses."""
@@ -191,7 +218,7 @@ class _Replayed:
         shapes = tuple((name, one.shape, one.dtype) for name, one in arguments.items())
         key = (shapes, guidance)
         call = self._replay.find(key, self._addresses) if self._addresses is not None else None
-        if call is None and key in self._made:  # a call has been made: weights are gathered, code is compiled
+        if call is None and key in self._made and self._replay.is_due(key):  # weights are gathered, code is compiled
             self._addresses = self._addresses or addresses_of(self._flow.module)
             call = self._addresses and (
                 self._replay.find(key, self._addresses)
@@ -199,8 +226,10 @@ class _Replayed:
             )
         if call:
             return call.play(latents, sigma, prompts)
+        velocity = self._flow.velocity(latents, sigma, prompts, guidance)
         self._made.add(key)
-        return self._flow.velocity(latents, sigma, prompts, guidance)
+        self._replay.made()
+        return velocity
 
 
 def addresses_of(module: nn.Module) -> Addresses | None:

@@ -29,6 +29,11 @@ class Rollout:
         object.__setattr__(self, "noise", self.noise.detach())
         object.__setattr__(self, "clean", self.clean.detach())
 
+    def times(self, count: int) -> Rollout:
+        """The same, so many times one after the other in one batch."""
+        noise, clean = (torch.cat([tensor] * count) for tensor in (self.noise, self.clean))
+        return Rollout(_joined([self.prompts] * count), noise, clean)
+
 
 @dataclass(frozen=True)
 class Start:

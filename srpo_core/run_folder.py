@@ -22,7 +22,7 @@ from srpo_core.metrics import read_metrics
 
 FREE_TO_CHANGE = (
     "output.", "parallel.", "model.recompute", "data.embeddings", "optim.states", "model.trained_memory",
-    "model.compile", "model.attention", "rollout.at_once", "rollout.cuda_graph",
+    "model.compile", "model.attention", "rollout.at_once", "rollout.cuda_graph", "align.at_once",
 )  # fmt: skip
 """Settings that leave the course of a run as it is but for rounding, so that a resumed run may have other values; a
 checkpoint's moments and weights are converted."""

@@ -327,7 +327,8 @@ def goes_on(folder: Path, strategy: str, **parallel: object) -> None:
     spread, held = ours.learner.tensors()["ema"], ours.learner.average.tensors
     assert all(part_of(spread[name]).data_ptr() == held[name].data_ptr() for name in held)
     for kind in ("weights", "ema", "optimizer"):
-        assert far(ours.learner, theirs.learner, kind) == 0, kind
+        apart = far(ours.learner, theirs.learner, kind)
+        assert apart == 0 if ON_CPU else apart < 1e-7, f"{kind}: {apart}"  # moments are decoded where parts are
 
 
 def drops_what_is_not_finite(folder: Path) -> None:

@@ -370,6 +370,7 @@ EIGHT = "parallel.processes=8"
     ("name", "wasteful", "told"),
     [
         ("flux-dev-lora", "rollout.at_once=32", "rollout.at_once=1: "),
+        ("flux-dev-lora", "align.at_once=2", "align.at_once=1: "),
         ("flux-dev-lora", "rollout.precision=fp8 lora.targets=attention", "rollout.precision=model: "),
         ("flux-dev-exact", f"{EIGHT} parallel.strategy=shard parallel.gathered=rollout", "parallel.gathered=layer: "),
         ("flux-dev-exact", f"{EIGHT} parallel.strategy=hybrid parallel.gathered=step", "parallel.gathered=layer: "),

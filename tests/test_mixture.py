@@ -97,7 +97,7 @@ def gradient(folder, **settings):
     for branch, step in learner._align_steps(1, 0, 0):
         from srpo_core.tally import Tally
 
-        learner._branch_loss(clean, branch, step, learner.words.pair(1), Tally(learner.rewards)).backward()
+        sum(learner._losses(clean, [(branch, step)], learner.words.pair(1), Tally(learner.rewards))).backward()
     return torch.cat([parameter.grad.flatten() for parameter in learner.trained.values()])
 
 

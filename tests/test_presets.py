@@ -256,7 +256,7 @@ def test_a_step_goes_through_at_full_width(preset, double, single, tmp_path, mon
     assert clean.clean.shape == (1, 16, expected.height // 8, expected.width // 8)
     assert clean.clean.dtype == clean.noise.dtype == torch.float32
     for branch, align_step in learner._align_steps(1, 0, 0):
-        loss = learner._branch_loss(clean, branch, align_step, words.pair(1), tally)
+        (loss,) = learner._losses(clean, [(branch, align_step)], words.pair(1), tally)
         assert loss.shape == () and loss.dtype == torch.float32
         loss.backward()
     for name, parameter in flow.module.named_parameters():

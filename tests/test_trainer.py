@@ -214,6 +214,31 @@ def test_micro_batches_rolled_out_together_are_those_rolled_out_alone(tmp_path):
         assert told.loss == pytest.approx(wanted.loss, rel=1e-5) and told.source == wanted.source
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 99])
+def test_branches_trained_on_in_one_pass_are_those_trained_on_alone(tmp_path, at_once):
+    more = {"optim__accumulation": 2, "optim__steps": 2}
+    draws = {"draws_per_rollout": 2}  # of two branches each
+    alone = assemble(tiny_config(tmp_path / "alone", align=draws, **more)).learner
+    together = assemble(tiny_config(tmp_path / "together", align=draws | {"at_once": at_once}, **more)).learner
+    sizes, velocity = [], together.flow.velocity
+
+    def counted(latents, *given):
+        if torch.is_grad_enabled():
+            sizes.append(len(latents))
+        return velocity(latents, *given)
+
+    together.flow.velocity = counted
+    for step in (1, 2):
+        told, wanted = (learner.step(step, Clock(lambda: None)).line() for learner in (together, alone))
+        for name in ("loss", "sigma", "grad_norm"):
+            assert told[name] == pytest.approx(wanted[name], rel=1e-5), name
+        for name in ("score", "reward"):
+            assert told[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), name
+    assert sizes == 4 * {2: [4, 4], 3: [6, 2], 99: [8]}[at_once]  # pictures of two prompts, for each micro-batch
+    for name, parameter in together.trained.items():
+        torch.testing.assert_close(parameter, alone.trained[name], rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_made_ready_ahead_is_what_would_be_made_then(tmp_path, monkeypatch):
     ahead = assemble(tiny_config(tmp_path / "ahead", optim__accumulation=2)).learner
     plain = assemble(tiny_config(tmp_path / "plain", optim__accumulation=2)).learner
