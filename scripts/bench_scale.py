@@ -45,6 +45,9 @@ ROWS = {
     "the same, both branches in one pass": (
         "parallel.gathered=step model.compile=true model.recompute=auto align.at_once=2"
     ),
+    "the same, gradients handed over in bfloat16": (
+        "parallel.gathered=step model.compile=true model.recompute=auto align.at_once=2 parallel.gradients=bfloat16"
+    ),
     "12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
     "12 calls, both branches in one pass": (
         "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12 align.at_once=2"

@@ -55,6 +55,8 @@ ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
     "shard, layer": (SHARD, (2, 8, 32, 256)),
     "shard, rollout": (f"{SHARD} {ROLLOUT}", (8, 32, 256)),
     "shard, step": (f"{SHARD} {STEP}", (2, 8, 32, 256)),
+    "shard, step, gradients in bfloat16": (f"{SHARD} {STEP} parallel.gradients=bfloat16", (8,)),
+    "shard, step, both branches in one pass": (f"{SHARD} {STEP} align.at_once=2", (8,)),
     "hybrid, layer": (HYBRID, (32,)),
     "hybrid, step": (f"{HYBRID} {STEP}", (8, 32, 256)),
     "shard, step, accumulation 2": (f"{SHARD} {STEP} optim.accumulation=2", (8,)),

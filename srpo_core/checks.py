@@ -247,7 +247,9 @@ def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[
         )
     lonely = not is_sharded(parallel)
     stays = parallel.gathered != "layer" and parallel.strategy == "replicate"  # one process alone has gathered all
-    for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays)):
+    whole = parallel.strategy == "replicate" or bool(config.lora.rank)
+    narrow = parallel.gradients != "float32" and whole
+    for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays), ("gradients", narrow)):
         if useless:
             raise ConfigError(
                 f"parallel.{name}={getattr(parallel, name)!r} is for a model in parts: set parallel.strategy=shard and"

@@ -406,6 +406,11 @@ class ParallelConfig(Section):
         " last model call of a rollout; or for the whole step: fewer transfers, and room for all of the model in"
         " model.dtype",
     )
+    gradients: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="numbers in which processes sum up the gradients of a model in parts: bfloat16 sends half as much,"
+        " rounded to 8 bits of its digits; what several passes give is added up in float32 in any case",
+    )
 
 
 class OutputConfig(Section):

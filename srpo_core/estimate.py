@@ -301,13 +301,14 @@ def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int) ->
     """A block's backward pass, which takes `block` for activations; those before it are `kept` for theirs.
 
     In a model in parts the block and the next one are gathered (parallel.gathered=step has counted them), its own
-    gradients come to be as activations go, and those of the one before are on their way in float32.
+    gradients come to be as activations go, and those of the one before are on their way.
     """
     if not is_sharded(config.parallel):
         return kept + block
     number = NARROW if config.model.dtype == "bfloat16" else 4
     fetched = 0 if config.parallel.gathered == "step" else 2 * number
-    gradients, sent = (0, 0) if config.lora.rank else (number, 4)
+    sending = NARROW if config.parallel.gradients == "bfloat16" else 4
+    gradients, sent = (0, 0) if config.lora.rank else (number, sending)
     beside = [
         kept * place // len(shapes.blocks) + max(block, gradients * count) + (fetched + sent) * count
         for place, count in enumerate(shapes.blocks, 1)

@@ -10,10 +10,11 @@ import contextlib
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch.distributed as dist
 
-KEY = "srpo/ended"
+KEY, DONE = "srpo/ended", "srpo/done"
 LOOK_EVERY = 1.0
 GRACE = 5.0
 """Seconds that a process has to notice by itself that another one has ended."""
@@ -23,6 +24,14 @@ def tell_last(words: str) -> None:
     """Leave the reason why this process ends. It ends all the same where the store is gone."""
     with contextlib.suppress(Exception):
         dist.distributed_c10d._get_default_store().set(KEY, words)
+
+
+def leave_together(rank: int, size: int, patience: timedelta) -> None:
+    """Wait until all processes are done with each other: one that goes takes its connections with it."""
+    with contextlib.suppress(Exception):  # they are done all the same where the store is gone
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{DONE}/{rank}", "")
+        store.wait([f"{DONE}/{other}" for other in range(size)], patience)
 
 
 _heard: list[str] = []

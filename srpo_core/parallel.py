@@ -17,13 +17,15 @@ from torch import Tensor
 
 from srpo_core.config import ConfigError
 from srpo_core.errors import TrainingError
-from srpo_core.last_words import is_lost, tell_last, told_last, watched
+from srpo_core.last_words import is_lost, leave_together, tell_last, told_last, watched
 from srpo_core.stopping import StopRequested
 
 Item = TypeVar("Item")
 Error = TypeVar("Error", bound=BaseException)
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for the others, such as the first one while it writes a large checkpoint."""
+FAREWELL = timedelta(minutes=1)
+"""How long one that is done waits for the others to be."""
 BUCKET = 2**25
 """Numbers that are averaged at once."""
 
@@ -96,6 +98,7 @@ class World:
             ) from error
         with watched() if self.keeps_step and nccl else contextlib.nullcontext():
             yield
+        leave_together(self.rank, self.size, FAREWELL)
         dist.destroy_process_group()  # not after an error: others may be gone, and this process ends too
 
     @contextlib.contextmanager

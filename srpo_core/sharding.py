@@ -37,7 +37,7 @@ def shard(flow: TrainableFlow, world: World, parallel: ParallelConfig, dtype: to
     """Leave this process its part of each parameter of the flow's module; what it held of the others is freed.
 
     Blocks and what is outside of them are gathered one at a time, in `dtype`; gradients are averaged over processes in
-    float32. Parameters may be on meta: `fill_parts` gives them values.
+    parallel.gradients, and added up in float32. Parameters may be on meta: `fill_parts` gives them values.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
@@ -46,7 +46,7 @@ def shard(flow: TrainableFlow, world: World, parallel: ParallelConfig, dtype: to
     options = {
         "mesh": _mesh(world, parallel.strategy),
         # levels, position tables and the picture itself stay as exact as the family hands them over
-        "mp_policy": MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(narrow, getattr(torch, parallel.gradients), cast_forward_inputs=False),
         **({"offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda")} if parallel.offload else {}),
     }
     for module in [one for one in flow.module.modules() if isinstance(one, flow.block_types)]:

@@ -25,6 +25,7 @@ from srpo_core.checkpoint import checkpoint_folder, load_weights, read_tensors
 from srpo_core.config import ParallelConfig
 from srpo_core.devices import training_world
 from srpo_core.errors import NotFiniteError, TrainingError
+from srpo_core.finite import FiniteChecks
 from srpo_core.flow import per_sample
 from srpo_core.interfaces import PromptBatch, TrainableFlow
 from srpo_core.learner import Learner
@@ -34,6 +35,7 @@ from srpo_core.parallel import OthersError, World, ends_all
 from srpo_core.sharding import is_part, part_of
 from srpo_core.speed import TOKENS_SHARED
 from srpo_core.stopping import StopRequested
+from srpo_core.tally import Tally
 from srpo_core.trainer import Trainer
 
 STEPS = {"optim__ema_decay": 0.5, "rollout__same_noise": False, "align__draws_per_rollout": 2, "optim__eps": 1e-6}
@@ -178,6 +180,20 @@ def computes_narrowly(folder: Path) -> None:
     assert {parameter.dtype for parameter in ours.learner.trained.values()} == {torch.float32}
     assert abs(told.loss - wanted.loss) < 0.01 * abs(wanted.loss)
     assert abs(told.grad_norm - wanted.grad_norm) < 0.05 * wanted.grad_norm
+
+
+def hands_over_narrowly(folder: Path) -> None:
+    """Gradients summed up over processes in bfloat16 are off by what rounding them to it makes."""
+    found = []
+    for name in ("float32", "bfloat16"):
+        learner = sharded(folder / name, "shard", parallel={"gradients": name}).learner
+        tally = Tally(learner.rewards)
+        learner._add_all(1, learner.words.pair(1), tally, FiniteChecks(), Clock(lambda: None))
+        gradients = [p.grad for p in learner.trained.values()]
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        found.append(torch.cat([whole(gradient).flatten() for gradient in gradients]))
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    assert 1e-4 < error < 5e-3, error
 
 
 def seen_gpus() -> contextlib.AbstractContextManager[object]:
@@ -389,6 +405,7 @@ def laws(folder: Path, world: World) -> dict[str, Callable[[], object]]:
         "fp8": lambda: rolls_out_in_parts(folder / "fp8"),
         "reads": lambda: reads_its_part(folder / "flux", world),
         "bfloat16": lambda: computes_narrowly(folder / "bf16"),
+        "narrow gradients": lambda: hands_over_narrowly(folder / "narrow gradients"),
         "called": lambda: is_called_before(folder / "called"),
         "gathered": lambda: keeps_blocks_gathered(folder),
         "room": lambda: leaves_room_for_gradients(folder / "room", "shard"),

@@ -277,6 +277,7 @@ def test_a_run_in_parts_may_be_started_by_hand(tmp_path):
         ({"rollout__precision": "fp8"}, r"rollout.precision='fp8' with parallel.strategy='shard'"),
         ({"parallel": {"offload": True}}, r"parallel.offload=True.*set parallel.strategy=shard"),
         ({"parallel": {"gathered": "step", "processes": 2}}, r"parallel.gathered='step'.*set parallel.strategy=shard"),
+        ({"parallel": {"gradients": "bfloat16"}}, r"parallel.gradients='bfloat16'.*set parallel.strategy=shard"),
         ({"parallel": {"context": 2}, "model__family": "toy_run:load"}, r"can't share a picture.*\(choices: 1\)"),
         ({"parallel": {"context": 3}}, r"parallel.context=3: the model's 2 attention heads.*\(choices: 1, 2\)"),
         ({"parallel": {"context": 2}, "model__attention": "flash-attn-3"}, r"attention='flash-attn-3' with"),
