@@ -175,12 +175,12 @@ def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     drawing = max(_calling(config, footprint, shapes, size), _decoding(config, shapes, size, False))
     micros, stays = _micro_batches(config, shapes, size), config.parallel.gathered
     without = still + trained + micros + _gathered(config, shapes, stays != "layer")
-    with_gradient = still + trained + micros + gradients + _gathered(config, shapes, stays == "step")
+    with_gradient = still + trained + micros + _gathered(config, shapes, stays == "step")
     phases = {
         "encoding prompts": _text_bytes(config, shapes),
         "rollout": without + copied + _calling(config, footprint, shapes, size, together),
         # the next step's micro-batches are made when the last backward pass is done
-        "gradient step": with_gradient + max(_backward(config, footprint, shapes, size), micros),
+        "gradient step": with_gradient + max(_backward(config, footprint, shapes, size, gradients), gradients + micros),
         "previews": without + drawing,
     }
     if data.photos is not None:
@@ -280,8 +280,11 @@ def _together(config: RunConfig) -> int:
     return min(config.align.at_once, len(config.align.branches) * config.align.draws_per_rollout)
 
 
-def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size) -> int:
-    """What the gradient step holds at its peak: the decoder's backward pass, or that of a block of the model."""
+def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size, gradients: int) -> int:
+    """What the gradient step holds at its peak: the decoder's backward pass, or that of a block of the model.
+
+    In the first of several passes no `gradients` are there but those of blocks that are done with; then all are.
+    """
     model, units = config.model, _together(config) * _units(config, shapes, size)
     number, wide = (NARROW, 1) if model.dtype == "bfloat16" else (4, 2)
     block = wide * BLOCK * units
@@ -293,27 +296,38 @@ def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Siz
         kept = round(wide * _kept(config, shapes) * units) + _narrow_copies(config, footprint)
         if model.frozen_memory != "full":
             kept += round(number * EXPANDED * shapes.matrices)
-    forward = kept + _narrow_copies(config, footprint)
-    return max(forward, kept + _decoding(config, shapes, size, True), _block_backward(config, shapes, kept, block))
+    later = gradients if _passes(config) > 1 else 0
+    decoding = later + max(kept + _narrow_copies(config, footprint), kept + _decoding(config, shapes, size, True))
+    return max(decoding, _block_backward(config, shapes, kept, block, gradients))
 
 
-def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int) -> int:
+def _passes(config: RunConfig) -> int:
+    """Backward passes of an optimizer step."""
+    of_a_micro_batch = len(config.align.branches) * config.align.draws_per_rollout
+    return config.optim.accumulation * math.ceil(of_a_micro_batch / config.align.at_once)
+
+
+def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int, held: int) -> int:
     """A block's backward pass, which takes `block` for activations; those before it are `kept` for theirs.
 
     In a model in parts the block and the next one are gathered (parallel.gathered=step has counted them), its own
-    gradients come to be as activations go, and those of the one before are on their way.
+    gradients come to be as activations go, and those of the one before are on their way. All gradients together are
+    `held`; in the only pass of a step, those of the blocks that are done with.
     """
-    if not is_sharded(config.parallel):
-        return kept + block
+    count, total = len(shapes.blocks), max(1, sum(shapes.blocks))
     number = NARROW if config.model.dtype == "bfloat16" else 4
-    fetched = 0 if config.parallel.gathered == "step" else 2 * number
-    sending = NARROW if config.parallel.gradients == "bfloat16" else 4
-    gradients, sent = (0, 0) if config.lora.rank else (number, sending)
-    beside = [
-        kept * place // len(shapes.blocks) + max(block, gradients * count) + (fetched + sent) * count
-        for place, count in enumerate(shapes.blocks, 1)
-    ]
-    return max(beside, default=kept + block)
+    fetched = gradients = sent = 0
+    if is_sharded(config.parallel):
+        fetched = 0 if config.parallel.gathered == "step" else 2 * number
+        sending = NARROW if config.parallel.gradients == "bfloat16" else 4
+        gradients, sent = (0, 0) if config.lora.rank else (number, sending)
+    once, left, most = _passes(config) == 1, total, held + block
+    for place, size in reversed(list(enumerate(shapes.blocks, 1))):  # the last block's comes first
+        there = round(held * (1 - left / total)) if once else held
+        remaining = kept * place // count if is_sharded(config.parallel) or once else kept
+        most = max(most, there + remaining + max(block, gradients * size) + (fetched + sent) * size)
+        left -= size
+    return most
 
 
 def _kept(config: RunConfig, shapes: Shapes) -> float:

@@ -203,7 +203,7 @@ def test_the_seconds_of_measured_steps_are_predicted(shapes, full_size):
         assert ours == pytest.approx(theirs, rel=UNLIKE.get(name, 0.15)), name
         for phase, of in (("rollout", "rollout"), ("gradient step", "gradient")) if "step" in measured else ():
             assert told[phase] == pytest.approx(measured[of], rel=UNLIKE_PHASES.get((name, of), 0.15)), (name, phase)
-    assert len(names) == 23 and UNLIKE.keys() | {name for name, _ in UNLIKE_PHASES} < set(names)
+    assert len(names) == 25 and UNLIKE.keys() | {name for name, _ in UNLIKE_PHASES} < set(names)
 
 
 def test_a_pass_takes_as_long_as_its_start_or_its_work(full_size):
