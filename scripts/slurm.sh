@@ -32,4 +32,4 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then  # srun no longer asks for as many as
     export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}"
 fi
 export SCRIPT
-srun bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${ARGS[@]+"${ARGS[@]}"}
+srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${ARGS[@]+"${ARGS[@]}"}

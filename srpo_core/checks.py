@@ -247,8 +247,13 @@ def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[
         )
     lonely = not is_sharded(parallel)
     stays = parallel.gathered != "layer" and parallel.strategy == "replicate"  # one process alone has gathered all
-    whole = parallel.strategy == "replicate" or bool(config.lora.rank)
-    narrow = parallel.gradients != "float32" and whole
+    narrow = parallel.gradients != "float32"
+    if narrow and config.lora.rank:
+        raise ConfigError(
+            f"parallel.gradients={parallel.gradients!r} with lora.rank={config.lora.rank}: a LoRA is whole on every"
+            " process; leave parallel.gradients out, or set lora.rank=0"
+        )
+    narrow = narrow and parallel.strategy == "replicate"
     for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays), ("gradients", narrow)):
         if useless:
             raise ConfigError(

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from srpo_core.config import RunConfig
+
 CACHE = "~/.cache/srpo/compiled"
 """Where compiled code is kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise."""
 VARIANTS, ALL_VARIANTS = 64, 1024
@@ -84,6 +86,11 @@ class Compiler:
         if reason not in self._told:
             self._told.add(reason)
             self.report(reason)
+
+
+def compiles(config: RunConfig) -> bool:
+    """Whether a run has its blocks compiled: the compiler can't take those that share a picture's tokens."""
+    return config.model.compile and config.parallel.context == 1
 
 
 def make_compiler(device: torch.device, report: Callable[[str], None], one_shape: bool = True) -> Compiler | None:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from srpo_core.checks import Footprint
+from srpo_core.compiling import compiles
 from srpo_core.config import RunConfig
 from srpo_core.interfaces import Components, PromptBatch
 from srpo_core.metrics import read_metrics
@@ -164,7 +165,7 @@ def _share(config: RunConfig, kind: str) -> float:
 
 
 def _compiled(config: RunConfig, kind: str) -> bool:
-    return config.model.compile and config.parallel.context == 1 and kind == "cuda"
+    return compiles(config) and kind == "cuda"
 
 
 def _starting(config: RunConfig, work: Work, kind: str) -> float:

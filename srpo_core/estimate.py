@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from srpo_core.checks import FROZEN_BYTES, Footprint, footprint_of
+from srpo_core.compiling import compiles
 from srpo_core.config import LoraConfig, MoreReward, RewardConfig, RunConfig
 from srpo_core.interfaces import Components, TrainableFlow
 from srpo_core.lora import linear_shapes, target_shapes
@@ -34,6 +35,8 @@ gradient."""
 KEPT, KEPT_INPUT, KEPT_WHOLE = 25.4, 1.64, 54
 """The same of every block where nothing is recomputed: beside a LoRA, more for each of its layers in a block by the
 width of the layer's input; and where all weights are trained."""
+KEPT_COMPILED, KEPT_WHOLE_COMPILED = 17.0, 37.5
+"""Likewise of compiled blocks, which keep less between their operations (H200, scripts/results/bench_step.json)."""
 EXPANDED = 0.73
 """Share of the matrices in 8 bits that stay expanded where nothing is recomputed: no gradient passes those of
 modulations."""
@@ -332,10 +335,11 @@ def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int, he
 
 def _kept(config: RunConfig, shapes: Shapes) -> float:
     """Bytes for each token and unit of width of all blocks, where nothing is recomputed."""
+    compiled = compiles(config)
     if not config.lora.rank:
-        return KEPT_WHOLE * len(shapes.blocks)
+        return (KEPT_WHOLE_COMPILED if compiled else KEPT_WHOLE) * len(shapes.blocks)
     inputs = sum(columns for _, columns in target_shapes(shapes.flow, config.lora).values())
-    return KEPT * len(shapes.blocks) + KEPT_INPUT * inputs / max(1, shapes.width)
+    return (KEPT_COMPILED if compiled else KEPT) * len(shapes.blocks) + KEPT_INPUT * inputs / max(1, shapes.width)
 
 
 def _decoding(config: RunConfig, shapes: Shapes, size: Size, gradient: bool) -> int:

@@ -62,7 +62,11 @@ class FlowModel(Protocol):
 
 
 class TrainableFlow(FlowModel, Protocol):
-    """A flow model whose weights the trainer may change."""
+    """A flow model whose weights the trainer may change.
+
+    One whose calls ask the device nothing, and read nothing but their arguments and what its module holds, says so:
+    `recordable = True` (see srpo_core.replay).
+    """
 
     module: nn.Module
     """The network that is trained, checkpointed and exported."""

@@ -7,12 +7,13 @@ more time. `Keeping` keeps those of as many blocks as fit what a GPU has free. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+Result = TypeVar("Result")
 MARGIN = 0.04
 """Share of a device that is left alone: the allocator holds more than what is in use."""
 BESIDE = 2**29
@@ -35,6 +36,10 @@ class Memory(Protocol):
         ...
 
 
+_most: dict[int, int] = {}
+"""By CUDA device: the most that was in use before its peak was reset."""
+
+
 class CudaMemory:
     """A CUDA device's memory, as this process may use it."""
 
@@ -45,7 +50,15 @@ class CudaMemory:
         return torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
+        return max(_most.get(self.device.index, 0), torch.cuda.max_memory_allocated(self.device))
+
+    def spent(self, work: Callable[[], Result]) -> tuple[Result, int]:
+        """What some work gives, and the bytes that it takes at its peak beside what is in use."""
+        _most[self.device.index] = self.peak()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = self.allocated()
+        result = work()
+        return result, torch.cuda.max_memory_allocated(self.device) - before
 
     def reach(self) -> int:
         """What tensors may take in all; a cap on the process (set_per_process_memory_fraction) counts."""

@@ -1,7 +1,8 @@
 """What ends a process while others wait for it inside the model, left where they look: torchrun's store.
 
 Their waiting can't be answered there: a call of a sharded model has no place for messages. A process that ends closes
-its connections, which gloo notices at once; NCCL doesn't, so that its waiting is broken off.
+its connections, which gloo notices at once; NCCL doesn't, so that its waiting is broken off. torchrun ends the others
+of a machine where one was killed without a word; those of other machines miss its signs of life.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -18,6 +20,10 @@ KEY, DONE = "srpo/ended", "srpo/done"
 LOOK_EVERY = 1.0
 GRACE = 5.0
 """Seconds that a process has to notice by itself that another one has ended."""
+ALIVE = "srpo/alive"
+BEAT_EVERY = 10.0
+SILENCE = 180.0
+"""Seconds without a sign of life after which a process counts as gone: one that works always gives some."""
 
 
 def tell_last(words: str) -> None:
@@ -54,14 +60,47 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
+class _Pulse:
+    """A process's signs of life, and those of the next one in rank."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        store = dist.distributed_c10d._get_default_store()
+        self._store = store.clone() if hasattr(store, "clone") else store  # the other one may be kept waiting
+        self._rank, self._size = rank, size
+        self._count, self._beat = 0, -BEAT_EVERY
+        self._seen, self._since = b"", time.monotonic()
+
+    def go_on(self) -> None:
+        """Give a sign if one is due, and look for the other's; leaves words for all if that one is gone."""
+        now, other = time.monotonic(), (self._rank + 1) % self._size
+        if now - self._beat < BEAT_EVERY:
+            return
+        self._beat, self._count = now, self._count + 1
+        with contextlib.suppress(Exception):  # where the store is gone, so is machine 0
+            self._store.set(f"{ALIVE}/{self._rank}", str(self._count))
+            seen = self._store.get(key) if self._store.check([key := f"{ALIVE}/{other}"]) else b""
+            if seen != self._seen:
+                self._seen, self._since = seen, now
+        if now - self._since > SILENCE:
+            with contextlib.suppress(Exception):
+                words = f"has given no sign of life for {SILENCE / 60:.0f} minutes: killed, or its machine is gone"
+                self._store.set(KEY, f"rank {other} of {self._size} {words}")
+
+
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
-    """Inside the context this process doesn't wait in NCCL for one that has left its last words."""
+def watched(rank: int = 0, size: int = 1) -> Iterator[None]:
+    """Inside the context this process doesn't wait in NCCL for one that has left its last words.
+
+    Of `size` processes on several machines, each gives signs of life, and a silent one counts as gone.
+    """
     done = threading.Event()
     _heard.clear()
+    pulse = _Pulse(rank, size) if size > 1 else None
 
     def look() -> None:
         while not done.wait(LOOK_EVERY):
+            if pulse is not None:
+                pulse.go_on()
             told = told_last()
             if told is not None and not done.wait(GRACE):
                 _heard.append(told)

@@ -18,7 +18,7 @@ from srpo_core.checkpoint import copy_tensors, read_shapes, stream_tensors
 from srpo_core.compact_adamw import CODES, decoded
 from srpo_core.compiling import Compiler, reason_of
 from srpo_core.config import RunConfig
-from srpo_core.errors import TrainingError, blamed_on, ran_out_of_memory
+from srpo_core.errors import TrainingError, blamed_on
 from srpo_core.finite import FiniteChecks
 from srpo_core.flow import shifted_sigmas
 from srpo_core.interfaces import Autoencoder, Measure, PromptBatch, TrainableFlow
@@ -104,7 +104,7 @@ class Learner:
         self._replay = parts.replay
         self._ahead: tuple[tuple[int, ...], list[Start]] | None = None
         self._keeping: Keeping | None = None
-        self._has_gradients = False
+        self._has_gradients = self._applies = False
         memory = memory_of(world.device) if config.model.recompute == "auto" else None
         if memory is not None:
             flow, decoder = self.flow, getattr(self.autoencoder, "module", None)
@@ -135,7 +135,8 @@ class Learner:
 
     def _makes_room(self, error: RuntimeError) -> bool:
         """Whether a step that ran out of memory can be tried with what recorded rollouts took."""
-        return ran_out_of_memory(error) and self._replay is not None and self._replay.stop()
+        begun = self._applies or not isinstance(error, torch.OutOfMemoryError)
+        return not begun and self._replay is not None and self._replay.stop()
 
     def _common(self, first: int) -> int:
         """The first block that each process can keep, where some share a picture; see Keeping."""
@@ -173,6 +174,7 @@ class Learner:
     def _step(self, number: int, clock: Clock) -> StepMetrics:
         if self._keeping is not None:
             self._keeping.begin(self.is_compiled())
+        self._applies = False
         words = self.words.pair(number)
         tally, finite = Tally(self.rewards), FiniteChecks(early=not self.world.keeps_step)
         try:
@@ -274,6 +276,7 @@ class Learner:
         lr = learning_rate(optim, number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._applies = True  # what fails from here on leaves some weights changed
         clip_and_step(self.optimizer, self.parts, optim.max_grad_norm, grad_norm)
         if self.average is not None:
             self.average.update(number)

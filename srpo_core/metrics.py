@@ -17,6 +17,7 @@ from PIL import Image
 
 from srpo_core.config import ConfigError, flat
 from srpo_core.files import write_atomic
+from srpo_core.keeping import CudaMemory
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Clock:
 def peak_memory_gib(device: torch.device) -> float | None:
     """The most memory that the process held so far: on its CUDA device, else resident; None on Windows without CUDA."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return CudaMemory(device).peak() / 2**30
     try:
         import resource
     except ImportError:

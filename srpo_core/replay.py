@@ -7,6 +7,7 @@ numbers: the results are the same to the last bit.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,7 +38,12 @@ class Recorder(Protocol):
 
     taken: int
 
-    def record(self, work: Callable[[], Tensor]) -> Recording: ...
+    def record(self, work: Callable[[], Tensor], again: bool) -> Recording:
+        """The work, which is not done by this: `again` where it takes the place of another one, which is still there.
+
+        RuntimeError if it can't be recorded, or if there is no memory.
+        """
+        ...
 
     def mark(self) -> None:
         """Remember what the device has been given to do so far."""
@@ -72,14 +78,11 @@ class CudaGraphs:
         self._stream: torch.cuda.Stream | None = None
         self._marked: torch.cuda.Event | None = None
 
-    def record(self, work: Callable[[], Tensor]) -> CudaGraph:
-        """The work, which is not done by this; RuntimeError if it is none for a graph or there is no memory.
-
-        A graph that takes another's place has to be there before that one goes: theirs is the memory that is used.
-        """
-        if self._pool is None:
+    def record(self, work: Callable[[], Tensor], again: bool) -> CudaGraph:
+        if not again:
             torch.cuda.empty_cache()  # what the allocator holds of other memory, graphs can't have
         self._stream = self._stream or torch.cuda.Stream(self._device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         before = torch.cuda.memory_reserved(self._device)
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -87,11 +90,19 @@ class CudaGraphs:
             graph.capture_begin(self._pool, capture_error_mode="thread_local")  # other threads may do as they please
             try:
                 out = work()
-            finally:
                 graph.capture_end()
-        self._pool = graph.pool()
+            except RuntimeError:
+                self._break_off(graph)
+                raise
         self.taken += torch.cuda.memory_reserved(self._device) - before
         return CudaGraph(graph, out)
+
+    def _break_off(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed, after which some versions of torch leave their allocator recording."""
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
 
     def mark(self) -> None:
         self._marked = self._marked or torch.cuda.Event()
@@ -102,6 +113,7 @@ class CudaGraphs:
 
     def forget(self) -> None:
         self.taken, self._pool = 0, None
+        torch.cuda.synchronize(self._device)  # one may be played just now
         torch.cuda.empty_cache()
 
 
@@ -127,9 +139,9 @@ class Replay:
     Recording takes the host about as long as making a call does. Where weights move in each step (codes in fp8,
     gathered parts) that pays if the device waits for the host anyway, and is done then; else calls are made as ever.
 
-    Nothing is recorded before the first step is done, which compiles and shows how much memory a step takes; nor where
-    the recorder would leave too little for such a step. `report` is told if recording fails: calls are made as ever
-    then.
+    Nothing is recorded before the first step is done, which compiles and shows how much memory a step takes, and before
+    a call has shown what it takes; nor where that would leave too little for such a step. `report` is told if recording
+    fails: calls are made as ever then.
     """
 
     def __init__(self, recorder: Recorder, memory: Memory, report: Callable[[str], None]) -> None:
@@ -137,6 +149,7 @@ class Replay:
         """Set once a step is done."""
         self._recorder, self._memory, self._report = recorder, memory, report
         self._calls: dict[object, _Call] = {}
+        self._fits: dict[object, bool] = {}
         self._stopped = False
 
     @property
@@ -156,15 +169,25 @@ class Replay:
         self._recorder.forget()
         return held
 
-    def made(self) -> None:
-        """A call has been made."""
+    def make(self, key: object, work: Callable[[], Tensor], measured: bool) -> Tensor:
+        """A call, and what it takes if that is to be `measured`."""
+        if measured and key not in self._fits:
+            made, taken = self._memory.spent(work)
+            self._fits[key] = taken <= self._spare()
+        else:
+            made = work()
         self._recorder.mark()
+        return made
+
+    def _spare(self) -> int:
+        """Bytes that no step has taken so far, nor a recording."""
+        return self._memory.room() + self._memory.allocated() - self._memory.peak() - self.taken
 
     def is_due(self, key: object) -> bool:
         """Whether a call should be recorded now: the first time, or as the device has nothing to do."""
-        return key not in self._calls or self._recorder.is_idle()
+        return self._fits.get(key, False) and (key not in self._calls or self._recorder.is_idle())
 
-    def find(self, key: object, addresses: Addresses) -> _Call | None:
+    def find(self, key: object, addresses: Addresses | None) -> _Call | None:
         """A recorded call that reads weights at these addresses."""
         call = self._calls.get(key)
         return call if call is not None and call.addresses == addresses else None
@@ -180,14 +203,16 @@ class Replay:
         prompts = PromptBatch(("",) * len(kept["latents"]), embeds)
         leave_streams_alone(flow.module)
         try:
-            recording = self._recorder.record(lambda: flow.velocity(kept["latents"], kept["sigma"], prompts, guidance))
+            recording = self._recorder.record(
+                lambda: flow.velocity(kept["latents"], kept["sigma"], prompts, guidance), again=key in self._calls
+            )
         except RuntimeError as error:
             self.stop()
             if not ran_out_of_memory(error):
                 reason = reason_of(error)
                 self._report(f"rollout.cuda_graph=true can't be done here, the run goes on without: {reason}")
             return None
-        if self._memory.room() + self._memory.allocated() - self._memory.peak() < self.taken:
+        if self._spare() < 0:
             del recording
             self.stop()
             return None
@@ -217,8 +242,8 @@ class _Replayed:
         arguments = _arguments(latents, sigma, prompts)
         shapes = tuple((name, one.shape, one.dtype) for name, one in arguments.items())
         key = (shapes, guidance)
-        call = self._replay.find(key, self._addresses) if self._addresses is not None else None
-        if call is None and key in self._made and self._replay.is_due(key):  # weights are gathered, code is compiled
+        call, made = self._replay.find(key, self._addresses), key in self._made
+        if call is None and made and self._replay.is_due(key):  # by now weights are gathered, and code is compiled
             self._addresses = self._addresses or addresses_of(self._flow.module)
             call = self._addresses and (
                 self._replay.find(key, self._addresses)
@@ -226,10 +251,8 @@ class _Replayed:
             )
         if call:
             return call.play(latents, sigma, prompts)
-        velocity = self._flow.velocity(latents, sigma, prompts, guidance)
         self._made.add(key)
-        self._replay.made()
-        return velocity
+        return self._replay.make(key, lambda: self._flow.velocity(latents, sigma, prompts, guidance), made)
 
 
 def addresses_of(module: nn.Module) -> Addresses | None:
@@ -247,9 +270,8 @@ def addresses_of(module: nn.Module) -> Addresses | None:
 def can_record(config: RunConfig, flow: TrainableFlow, device: torch.device) -> bool:
     """Whether a run's rollouts can be recorded, as far as its settings tell.
 
-    A flow says `recordable = True` if its calls ask the device nothing and read nothing but their arguments and what
-    its module holds. Messages to other processes are not recorded: where some share a picture, or gather blocks call
-    by call, each call is made.
+    Its flow has to say that it is `recordable`. Messages to other processes are not recorded: where some share a
+    picture, or gather blocks call by call, each call is made.
     """
     sends = config.parallel.context > 1 or (is_sharded(config.parallel) and config.parallel.gathered == "layer")
     wanted = config.rollout.cuda_graph and device.type == "cuda"

@@ -129,7 +129,7 @@ if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then  # srun no longer asks for as many 
     export SRUN_CPUS_PER_TASK="${{SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}}"
 fi
 export SCRIPT
-srun bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${{ARGS[@]+"${{ARGS[@]}}"}}
+srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$SCRIPT" "$@"' srun ${{ARGS[@]+"${{ARGS[@]}}"}}
 """
 THREADS = """\
 CPUS="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"  # torchrun gives each of several processes one thread

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from srpo_core.attention import choose_attention
-from srpo_core.compiling import WARNING, make_compiler
+from srpo_core.compiling import WARNING, compiles, make_compiler
 from srpo_core.config import RunConfig
 from srpo_core.learner import Parts
 from srpo_core.parallel import World
@@ -40,7 +40,7 @@ def speed_up(config: RunConfig, parts: Parts, world: World, report: Callable[[st
         flow.attention = parts.attention
         notes += [told] if told else []
     compiler = None
-    if config.model.compile and config.parallel.context > 1:
+    if config.model.compile and not compiles(config):
         notes.append(TOKENS_SHARED)
     elif config.model.compile:
         compiler = make_compiler(device, report, one_shape=config.data.photos is None or not config.data.bucket_step)

@@ -182,11 +182,11 @@ def computes_narrowly(folder: Path) -> None:
     assert abs(told.grad_norm - wanted.grad_norm) < 0.05 * wanted.grad_norm
 
 
-def hands_over_narrowly(folder: Path) -> None:
+def hands_over_narrowly(folder: Path, strategy: str) -> None:
     """Gradients summed up over processes in bfloat16 are off by what rounding them to it makes."""
     found = []
     for name in ("float32", "bfloat16"):
-        learner = sharded(folder / name, "shard", parallel={"gradients": name}).learner
+        learner = sharded(folder / name, strategy, parallel={"gradients": name}).learner
         tally = Tally(learner.rewards)
         learner._add_all(1, learner.words.pair(1), tally, FiniteChecks(), Clock(lambda: None))
         gradients = [p.grad for p in learner.trained.values()]
@@ -391,6 +391,7 @@ def laws(folder: Path, world: World) -> dict[str, Callable[[], object]]:
         return {
             "full": lambda: learns(folder / "hybrid", "hybrid"),
             "context": lambda: shares_tokens(folder / "context", "shard"),
+            "narrow gradients": lambda: hands_over_narrowly(folder / "narrow gradients", "hybrid"),
             "room": lambda: leaves_room_for_gradients(folder / "room", "hybrid"),
             "loading": lambda: tells_who_fails_to_load(folder / "loading", world, "hybrid"),
             "goes on": lambda: goes_on(checkpoint_folder(folder / "one", 2), "hybrid"),
@@ -405,7 +406,7 @@ def laws(folder: Path, world: World) -> dict[str, Callable[[], object]]:
         "fp8": lambda: rolls_out_in_parts(folder / "fp8"),
         "reads": lambda: reads_its_part(folder / "flux", world),
         "bfloat16": lambda: computes_narrowly(folder / "bf16"),
-        "narrow gradients": lambda: hands_over_narrowly(folder / "narrow gradients"),
+        "narrow gradients": lambda: hands_over_narrowly(folder / "narrow gradients", "shard"),
         "called": lambda: is_called_before(folder / "called"),
         "gathered": lambda: keeps_blocks_gathered(folder),
         "room": lambda: leaves_room_for_gradients(folder / "room", "shard"),

@@ -18,7 +18,6 @@ from srpo_core.metrics import Clock
 from srpo_core.replay import CudaGraphs, Replay, addresses_of, can_record
 from srpo_core.rollout import rollout
 
-CPU = torch.device("cpu")
 GIB = 2**30
 
 
@@ -43,11 +42,11 @@ class Again:
         assert self.marked  # there is something to be done with
         return self.idle
 
-    def record(self, work):
+    def record(self, work, again):
         if self.fails is not None:
             raise self.fails
         self.recorded += 1
-        self.taken += self.each
+        self.taken += 0 if again else self.each  # the same memory
         return _Again(self, work, self.recorded)
 
     def forget(self):
@@ -66,9 +65,15 @@ class _Again:
 
 @dataclass
 class Room:
-    """Memory of a device with `free` bytes beside the most that was in use."""
+    """Memory of a device with `free` bytes beside the most that was in use, of which a call takes some."""
 
     free: int = GIB
+    call: int = 100
+    measured: int = 0
+
+    def spent(self, work):
+        self.measured += 1
+        return work(), self.call
 
     def allocated(self) -> int:
         return 10
@@ -80,9 +85,9 @@ class Room:
         return self.free + self.peak() - self.allocated()
 
 
-def replay_with(recorder, room=GIB):
+def replay_with(recorder, memory=None):
     told = []
-    replay = Replay(recorder, Room(room), told.append)
+    replay = Replay(recorder, memory or Room(), told.append)
     replay.ready = True
     return replay, told
 
@@ -99,7 +104,7 @@ def test_played_calls_draw_what_calls_draw(calls):
     for seed, prompts in enumerate([("a cat", "a dog"), ("a tree", "a boat")]):
         ours = rolled_out(replay.of(flow), prompts, calls=calls, seed=seed)
         assert torch.equal(ours, rolled_out(flow, prompts, calls=calls, seed=seed))
-    assert recorded_and_played(recorder) == (1, 2 * (calls or 5) - 1)  # all but the very first
+    assert recorded_and_played(recorder) == (1, 2 * (calls or 5) - 2)  # all but the very first and one to measure
 
 
 def recorded_and_played(recorder):
@@ -113,7 +118,7 @@ def test_each_shape_and_guidance_has_a_recording_of_its_own():
     ways = [{}, {"prompts": ("a cat",)}, {"guidance": 3.5}]
     for way in ways + ways[::-1]:
         assert torch.equal(rolled_out(model, **way), rolled_out(flow, **way))
-    assert recorded_and_played(recorder) == (3, 3 * 4 + 3 * 5)
+    assert recorded_and_played(recorder) == (3, 3 * 3 + 3 * 5)
     assert set(recorder.played) == {1, 2, 3}
     assert replay.taken == 300
 
@@ -133,15 +138,17 @@ def test_moved_weights_are_recorded_where_they_are():
     assert recorder.recorded == 2 and set(recorder.played[-4:]) == {2}
 
 
-def test_where_weights_move_a_device_at_work_gets_its_calls(tmp_path):
+def test_where_weights_move_a_device_at_work_gets_its_calls():
     """Recording anew takes the host as long as a call, which is free only while the device waits for it."""
     flow, recorder = tiny_flow(), Again()
     replay, _ = replay_with(recorder)
-    layer = flow.module.single_transformer_blocks[0].proj_mlp
-    for recorder.idle, recorded, played in ((False, 1, 4), (False, 1, 4), (True, 2, 8)):  # the first time in any case
+    layer, before = flow.module.single_transformer_blocks[0].proj_mlp, []
+    for recorder.idle, recorded, played in ((False, 1, 3), (False, 1, 3), (True, 2, 7)):  # the first time in any case
         assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
         assert recorded_and_played(recorder) == (recorded, played)
+        before.append(layer.weight.data)  # what comes next is elsewhere
         layer.weight.data = layer.weight.data * 2
+    assert recorder.taken == 100
 
 
 def test_all_tensors_of_a_module_have_an_address():
@@ -158,14 +165,28 @@ def test_no_recording_before_a_step_is_done():
     assert replay.of(flow) is flow
 
 
-@pytest.mark.parametrize("room", [100, 99], ids=["fits", "doesn't"])
-def test_a_recording_that_leaves_too_little_is_given_back(room):
-    flow, recorder = tiny_flow(), Again(each=100)
-    replay, told = replay_with(recorder, room)
-    assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
-    assert replay.taken == (100 if room == 100 else 0) and not told
-    assert bool(recorder.played) == (room == 100)
-    assert (replay.of(flow) is flow) == (room != 100)  # and is not tried again
+@pytest.mark.parametrize(
+    ("room", "each", "recorded", "kept"),
+    [(100, 100, 1, True), (99, 100, 0, False), (100, 101, 1, False)],
+    ids=["fits", "its calls don't", "it doesn't"],
+)
+def test_what_would_leave_a_step_too_little_is_not_recorded(room, each, recorded, kept):
+    flow, recorder = tiny_flow(), Again(each=each)
+    memory = Room(room)
+    replay, told = replay_with(recorder, memory)
+    for _ in range(2):
+        assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
+    assert memory.measured == 1 and recorder.recorded == recorded  # neither is tried again
+    assert replay.taken == (each if kept else 0) and not told
+    assert bool(recorder.played) == kept
+
+
+def test_a_shape_without_room_leaves_the_others_theirs():
+    flow, recorder, memory = tiny_flow(), Again(), Room(150)
+    replay, _ = replay_with(recorder, memory)
+    for prompts in (("a cat",), ("a cat", "a dog"), ("a cat",)):
+        assert torch.equal(rolled_out(replay.of(flow), prompts), rolled_out(flow, prompts))
+    assert memory.measured == 2 and recorded_and_played(recorder) == (1, 3 + 5)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +279,24 @@ def test_a_step_that_runs_out_of_memory_is_tried_without_recordings(tmp_path, mo
         learner.step(4, Clock(lambda: None))
 
 
+def test_a_step_that_runs_out_of_memory_with_weights_half_changed_ends_the_run(tmp_path, monkeypatch):
+    """Tried again it would change some of them twice."""
+    recorder = Again()
+    learner, _ = trained(tmp_path, "run", recorder, steps=2)
+    real, called = learner.optimizer.step, []
+
+    def full():
+        called.append(real())
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(learner.optimizer, "step", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        learner.step(3, Clock(lambda: None))
+    assert len(called) == 1 and recorder.taken
+    wanted = trained(tmp_path, "without")[0].trained
+    assert all(torch.equal(p, wanted[name]) for name, p in learner.trained.items())
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes an NVIDIA GPU")
 
 
@@ -298,13 +337,14 @@ def test_a_gpu_s_graphs_use_the_same_memory_again():
     prompts, sigmas = encode_text(("a cat", "a dog")).to(device), shifted_sigmas(4, 3.0)
     replay = Replay(graphs, Room(), lambda told: pytest.fail(told))
     replay.ready = True
-    layer, seen = flow.module.single_transformer_blocks[0].proj_mlp, []
+    layer, seen, before = flow.module.single_transformer_blocks[0].proj_mlp, [], []
     for _ in range(5):
-        layer.weight.data = layer.weight.data.clone() * 1.1
+        before.append(layer.weight.data)  # what comes next is elsewhere
+        layer.weight.data = layer.weight.data * 1.1
         ours = rollout(replay.of(flow), prompts, noise, sigmas, 1.0).clean
         assert torch.equal(ours, rollout(flow, prompts, noise, sigmas, 1.0).clean)
         seen.append(graphs.taken)
-    assert seen[0] > 0 and len(set(seen)) == 1
+    assert seen[0] > 0 and len(set(seen)) == 1 and replay._spare() > 0
     before = torch.cuda.memory_reserved()
     assert replay.stop() and graphs.taken == 0
     assert torch.cuda.memory_reserved() < before
@@ -324,3 +364,8 @@ def test_what_a_gpu_can_not_record_is_called():
         ours = rollout(replay.of(flow), prompts, noise, shifted_sigmas(4, 3.0), 1.0).clean
         assert torch.equal(ours, rollout(flow, prompts, noise, shifted_sigmas(4, 3.0), 1.0).clean)
     assert len(told) == 1 and "rollout.cuda_graph=true" in told[0]
+    before = torch.cuda.memory_reserved()
+    held = torch.empty(2**28, device=device)
+    del held
+    torch.cuda.empty_cache()  # the allocator no longer records
+    assert torch.cuda.memory_reserved() <= before

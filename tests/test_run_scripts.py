@@ -106,6 +106,7 @@ def test_slurm_gives_each_machine_its_number(tmp_path):
     (programs / "scontrol").write_text("#!/bin/bash\nprintf 'first\\nsecond\\n'\n")
     (programs / "srun").write_text(
         "#!/bin/bash\nexport SLURM_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-1}\n"
+        '[ "$1" = --kill-on-bad-exit=1 ] || exit 1; shift\n'  # one that fails doesn't leave the others waiting
         'for id in 0 1; do SLURM_NODEID=$id "$@" & wait; done\n'
     )
     for program in programs.iterdir():

@@ -91,6 +91,29 @@ def test_the_reason_outlives_the_group_that_was_broken_off(monkeypatch):
         world.exchange(None)
 
 
+def test_one_of_another_machine_that_is_silent_counts_as_gone(monkeypatch):
+    """One that was killed leaves no words; as long as it gives signs of life it is waited for."""
+    for name, seconds in (("LOOK_EVERY", 0.01), ("GRACE", 0.01), ("BEAT_EVERY", 0.02), ("SILENCE", 0.6)):
+        monkeypatch.setattr(last_words, name, seconds)
+    monkeypatch.setattr(last_words, "_heard", [])
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    world = World(0, 2, torch.device("cpu"), keeps_step=True)
+    shared = dist.distributed_c10d._get_default_store()
+    with last_words.watched(0, 2):
+        for count in range(20):  # longer than one may be silent
+            shared.set(f"{last_words.ALIVE}/1", str(count))
+            time.sleep(0.06)
+        assert dist.is_initialized() and last_words.told_last() is None
+        assert int(shared.get(f"{last_words.ALIVE}/0")) > 5  # so does this one
+        deadline = time.monotonic() + LIMIT
+        while dist.is_initialized() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(OthersError, match="rank 1 of 2 has given no sign of life"):
+            world.exchange(None)
+    monkeypatch.setattr(last_words, "_heard", [])
+
+
 def test_a_sharded_run_is_read_by_one_process_that_goes_on_with_it(tmp_path):
     folder, one = tmp_path / "two", tmp_path / "one"
     course = STEPS | {"optim__steps": 2, "output__evaluate_prompts": 3}
