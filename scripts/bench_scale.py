@@ -39,14 +39,14 @@ ROWS = {
     "gathered for the step, compiled, what fits is kept": (
         "parallel.gathered=step model.compile=true model.recompute=auto"
     ),
-    "the same, each rollout call made": (
+    "what fits is kept, each rollout call made": (
         "parallel.gathered=step model.compile=true model.recompute=auto rollout.cuda_graph=false"
     ),
-    "the same, both branches in one pass": (
+    "what fits is kept, both branches in one pass": (
         "parallel.gathered=step model.compile=true model.recompute=auto align.at_once=2"
     ),
-    "the same, gradients handed over in bfloat16": (
-        "parallel.gathered=step model.compile=true model.recompute=auto align.at_once=2 parallel.gradients=bfloat16"
+    "what fits is kept, gradients in bfloat16": (
+        "parallel.gathered=step model.compile=true model.recompute=auto parallel.gradients=bfloat16"
     ),
     "12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
     "12 calls, both branches in one pass": (

@@ -38,11 +38,12 @@ if cap and torch.cuda.is_available():
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 1e9 / total))
 from srpo_core.cli import main
+from srpo_core.metrics import peak_memory_gib
 code = main(sys.argv[3:])
 peak = re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())
 found = {"exit": code, "host_peak_gib": round(int(peak[1]) / 2**20, 2)}
 if torch.cuda.is_available():
-    found["device_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    found["device_peak_gib"] = round(peak_memory_gib(torch.device("cuda")), 2)
     found["device_reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
 open(report, "w").write(json.dumps(found))
 sys.exit(code)
