@@ -39,7 +39,8 @@ def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
         yield {"model.recompute": "auto"}
     if data.batch_size > 1:  # as many pictures a step
         yield {"data.batch_size": 1, "optim.accumulation": config.optim.accumulation * data.batch_size}
-    if (spread := in_parts(config)) and not lora.rank:
+    spread = in_parts(config)
+    if spread and not lora.rank:
         yield spread
     yield from _narrower(config)
     if is_sharded(config.parallel) and not config.parallel.offload:
@@ -54,6 +55,8 @@ def _changes(config: RunConfig, shapes: Shapes) -> Iterator[Change]:
         yield {"model.frozen_memory": "8bit", "reward.dtype": "bfloat16"}
     if model.frozen_memory != "4bit" and lora.rank:
         yield {"model.frozen_memory": "4bit"}
+    if spread and lora.rank:  # slow where GPUs have no fast way to each other
+        yield spread
     if lora.rank > 16:
         yield {"lora.rank": 16}
     if lora.targets == "all" and "attention" in shapes.flow.lora_targets:

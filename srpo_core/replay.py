@@ -243,13 +243,12 @@ class _Replayed:
         shapes = tuple((name, one.shape, one.dtype) for name, one in arguments.items())
         key = (shapes, guidance)
         call, made = self._replay.find(key, self._addresses), key in self._made
-        if call is None and made and self._replay.is_due(key):  # by now weights are gathered, and code is compiled
-            self._addresses = self._addresses or addresses_of(self._flow.module)
-            call = self._addresses and (
-                self._replay.find(key, self._addresses)
-                or self._replay.record(self._flow, key, self._addresses, arguments, guidance)
-            )
-        if call:
+        if made and self._addresses is None:
+            self._addresses = addresses_of(self._flow.module)  # by now they are gathered
+            call = self._replay.find(key, self._addresses)
+        if call is None and made and self._addresses is not None and self._replay.is_due(key):  # and code is compiled
+            call = self._replay.record(self._flow, key, self._addresses, arguments, guidance)
+        if call is not None:
             return call.play(latents, sigma, prompts)
         self._made.add(key)
         return self._replay.make(key, lambda: self._flow.velocity(latents, sigma, prompts, guidance), made)

@@ -412,6 +412,16 @@ def test_settings_that_do_not_go_together_are_not_told_together(shapes):
     check_sharing(preset("flux-dev-exact", "parallel.processes=2", *together), shapes.flow, [(720, 720)])
 
 
+def test_a_lora_may_have_its_model_in_parts_which_is_told_after_fewer_bits(shapes):
+    config = preset("flux-dev-lora", EIGHT)
+    order = [next(iter(change)) for change in smaller_settings(config, shapes)]
+    assert order.index("model.frozen_memory") < order.index("parallel.strategy") < order.index("data.height")
+    (line,) = [one for one in what_would_fit(config, shapes, 20 * GIB) if one.startswith("parallel.strategy=shard: ")]
+    changed = with_changes(config, {"parallel.strategy": "shard"})
+    assert estimate(changed, shapes).on_card < 20 * GIB < estimate(config, shapes).on_card and "GiB" in line
+    assert "parallel.strategy" not in [next(iter(change)) for change in smaller_settings(changed, shapes)]
+
+
 def test_what_costs_only_time_is_told_before_what_changes_the_training(shapes):
     config = preset("flux-dev-lora", "rollout.at_once=4", "model.recompute=false", "rollout.precision=fp8")
     order = [next(iter(change)) for change in smaller_settings(config, shapes)]
