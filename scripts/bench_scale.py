@@ -48,6 +48,10 @@ ROWS = {
     "what fits is kept, gradients in bfloat16": (
         "parallel.gathered=step model.compile=true model.recompute=auto parallel.gradients=bfloat16"
     ),
+    "what fits is kept, gradients and reward in bfloat16": (
+        "parallel.gathered=step model.compile=true model.recompute=auto parallel.gradients=bfloat16"
+        " reward.dtype=bfloat16"
+    ),
     "12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
     "12 calls, both branches in one pass": (
         "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12 align.at_once=2"

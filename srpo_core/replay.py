@@ -1,7 +1,7 @@
 """A rollout's model calls recorded as CUDA graphs and played again: the host queues one thing instead of thousands.
 
-A call of FLUX.1-dev starts some 1,500 kernels. On a fast GPU they take less time than a busy host needs to queue them,
-and of several processes each waits for the one whose host is slowest. What is played are the same kernels with the same
+A call of FLUX.1-dev starts about a thousand kernels. On a fast GPU they can take less time than a busy host takes to
+queue them, and of several processes each waits for the slowest. What is played are the same kernels with the same
 numbers: the results are the same to the last bit.
 """
 
