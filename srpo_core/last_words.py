@@ -44,12 +44,12 @@ _heard: list[str] = []
 """Last words that made this process break off its waiting, after which the store can't be asked."""
 
 
-def told_last() -> str | None:
+def told_last(store: dist.Store | None = None) -> str | None:
     """What has ended another process; None if it said nothing, or if the store is gone."""
     if _heard:
         return _heard[-1]
     with contextlib.suppress(Exception):
-        store = dist.distributed_c10d._get_default_store()
+        store = dist.distributed_c10d._get_default_store() if store is None else store
         if store.check([KEY]):
             return store.get(KEY).decode()
     return None
@@ -60,13 +60,17 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
+def _second_store() -> dist.Store:
+    """The store by a connection of its own: the other one may be kept waiting."""
+    store = dist.distributed_c10d._get_default_store()
+    return store.clone() if hasattr(store, "clone") else store
+
+
 class _Pulse:
     """A process's signs of life, and those of the next one in rank."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        store = dist.distributed_c10d._get_default_store()
-        self._store = store.clone() if hasattr(store, "clone") else store  # the other one may be kept waiting
-        self._rank, self._size = rank, size
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store, rank, size
         self._count, self._beat = 0, -BEAT_EVERY
         self._seen, self._since = b"", time.monotonic()
 
@@ -95,13 +99,14 @@ def watched(rank: int = 0, size: int = 1) -> Iterator[None]:
     """
     done = threading.Event()
     _heard.clear()
-    pulse = _Pulse(rank, size) if size > 1 else None
+    store = _second_store()
+    pulse = _Pulse(store, rank, size) if size > 1 else None
 
     def look() -> None:
         while not done.wait(LOOK_EVERY):
             if pulse is not None:
                 pulse.go_on()
-            told = told_last()
+            told = told_last(store)
             if told is not None and not done.wait(GRACE):
                 _heard.append(told)
                 print(f"srpo: {told}; this process no longer waits for it", file=sys.stderr, flush=True)
