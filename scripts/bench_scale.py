@@ -31,31 +31,19 @@ from srpo_core.parallel import World
 
 ALONE = "model.trained_memory=bfloat16 optim.states=8bit"
 SHARDED = "model.trained_memory=float32 optim.states=float32 parallel.strategy=shard"
+KEPT = "parallel.gathered=step model.compile=true model.recompute=auto"
 ROWS = {
     "gathered by layer": "",
     "gathered for the rollout": "parallel.gathered=rollout",
     "gathered for the step": "parallel.gathered=step",
     "gathered for the step, compiled": "parallel.gathered=step model.compile=true",
-    "gathered for the step, compiled, what fits is kept": (
-        "parallel.gathered=step model.compile=true model.recompute=auto"
-    ),
-    "what fits is kept, each rollout call made": (
-        "parallel.gathered=step model.compile=true model.recompute=auto rollout.cuda_graph=false"
-    ),
-    "what fits is kept, both branches in one pass": (
-        "parallel.gathered=step model.compile=true model.recompute=auto align.at_once=2"
-    ),
-    "what fits is kept, gradients in bfloat16": (
-        "parallel.gathered=step model.compile=true model.recompute=auto parallel.gradients=bfloat16"
-    ),
-    "what fits is kept, gradients and reward in bfloat16": (
-        "parallel.gathered=step model.compile=true model.recompute=auto parallel.gradients=bfloat16"
-        " reward.dtype=bfloat16"
-    ),
-    "12 calls": "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12",
-    "12 calls, both branches in one pass": (
-        "parallel.gathered=step model.compile=true model.recompute=auto rollout.calls=12 align.at_once=2"
-    ),
+    "gathered for the step, compiled, what fits is kept": KEPT,
+    "what fits is kept, each rollout call made": f"{KEPT} rollout.cuda_graph=false",
+    "what fits is kept, both branches in one pass": f"{KEPT} align.at_once=2",
+    "what fits is kept, gradients in bfloat16": f"{KEPT} parallel.gradients=bfloat16",
+    "what fits is kept, gradients and reward in bfloat16": f"{KEPT} parallel.gradients=bfloat16 reward.dtype=bfloat16",
+    "12 calls": f"{KEPT} rollout.calls=12",
+    "12 calls, both branches in one pass": f"{KEPT} rollout.calls=12 align.at_once=2",
     "two share a picture of 704 x 720": "parallel.context=2 parallel.gathered=step data.width=704",
     "the whole model on each, 12 calls, fp8 rollout": (
         "parallel.strategy=replicate model.trained_memory=bfloat16 optim.states=8bit model.compile=true"

@@ -245,16 +245,16 @@ def check_sharing(config: RunConfig, flow: TrainableFlow, sizes: Sequence[tuple[
             f"{name}={value!r} with parallel.strategy={parallel.strategy!r}: of a model in parts that can't be; set"
             f" {name}={WHOLE[name]} or parallel.strategy=replicate"
         )
-    lonely = not is_sharded(parallel)
-    stays = parallel.gathered != "layer" and parallel.strategy == "replicate"  # one process alone has gathered all
+    lonely, replicated = not is_sharded(parallel), parallel.strategy == "replicate"
+    stays = parallel.gathered != "layer" and replicated  # one process alone has gathered all
     narrow = parallel.gradients != "float32"
     if narrow and config.lora.rank:
         raise ConfigError(
             f"parallel.gradients={parallel.gradients!r} with lora.rank={config.lora.rank}: a LoRA is whole on every"
             " process; leave parallel.gradients out, or set lora.rank=0"
         )
-    narrow = narrow and parallel.strategy == "replicate"
-    for name, useless in (("offload", parallel.offload and lonely), ("gathered", stays), ("gradients", narrow)):
+    of_parts = {"offload": lonely and parallel.offload, "gathered": stays, "gradients": narrow and replicated}
+    for name, useless in of_parts.items():
         if useless:
             raise ConfigError(
                 f"parallel.{name}={getattr(parallel, name)!r} is for a model in parts: set parallel.strategy=shard and"

@@ -114,6 +114,11 @@ def shapes_of(config: RunConfig, components: Components) -> Shapes:
     )
 
 
+def _bytes(dtype: str) -> int:
+    """Of a number in float32 or bfloat16."""
+    return NARROW if dtype == "bfloat16" else 4
+
+
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -168,7 +173,7 @@ class Estimate:
 def estimate(config: RunConfig, shapes: Shapes) -> Estimate:
     """A run's memory by phase. ConfigError if lora.targets or the size can't be used."""
     model, data, footprint = config.model, config.data, footprint_of(config, shapes.flow)
-    number, parts = NARROW if model.dtype == "bfloat16" else 4, shards(config.parallel)
+    number, parts = _bytes(model.dtype), shards(config.parallel)
     still = WORKSPACE + number * shapes.autoencoder + _reward_bytes(config, shapes)
     still += 0 if config.parallel.offload else _frozen_bytes(config, footprint, shapes) // parts  # or on the host
     here = footprint.trained_here(config)
@@ -198,7 +203,7 @@ def beside(config: RunConfig) -> int:
 
 def _micro_batches(config: RunConfig, shapes: Shapes, size: Size) -> int:
     """A step's prompts as they are encoded, in model.dtype, with noise and clean latents in float32."""
-    number = NARROW if config.model.dtype == "bfloat16" else 4
+    number = _bytes(config.model.dtype)
     each = number * shapes.embeds + 2 * 4 * math.prod(shapes.flow.latent_shape(*size))
     return config.optim.accumulation * config.data.batch_size * each
 
@@ -207,17 +212,17 @@ def _gathered(config: RunConfig, shapes: Shapes, whole: bool) -> int:
     """What a process holds of the others' parts all the time: the whole model, or what is outside of its blocks."""
     if not is_sharded(config.parallel):
         return 0
-    number = NARROW if config.model.dtype == "bfloat16" else 4
+    number = _bytes(config.model.dtype)
     return number * (_count(shapes.flow.module) - (0 if whole else sum(shapes.blocks)))
 
 
 def _reward_bytes(config: RunConfig, shapes: Shapes) -> int:
     rewards = zip((config.reward, *config.reward.more), shapes.rewards, strict=True)
-    return sum(count * (NARROW if one.dtype == "bfloat16" else 4) for one, count in rewards)
+    return sum(count * _bytes(one.dtype) for one, count in rewards)
 
 
 def _frozen_bytes(config: RunConfig, footprint: Footprint, shapes: Shapes) -> int:
-    number = NARROW if config.model.dtype == "bfloat16" else 4
+    number = _bytes(config.model.dtype)
     if config.model.frozen_memory != "full" and footprint.frozen:
         held = FROZEN_BYTES[config.model.frozen_memory]
         return round(held * shapes.matrices) + number * (footprint.frozen - shapes.matrices)
@@ -226,7 +231,7 @@ def _frozen_bytes(config: RunConfig, footprint: Footprint, shapes: Shapes) -> in
 
 def _text_bytes(config: RunConfig, shapes: Shapes) -> int:
     """Text encoders at work; with `offload` the largest thing on the device at a time is their table of words."""
-    number = NARROW if config.model.dtype == "bfloat16" else 4
+    number = _bytes(config.model.dtype)
     beside = ENCODING if shapes.text else 0
     if config.model.t5_memory == "8bit":
         return shapes.text_matrices + number * (shapes.text - shapes.text_matrices) + beside
@@ -249,7 +254,7 @@ def _copy(config: RunConfig, footprint: Footprint, shapes: Shapes) -> int:
     if config.rollout.precision != "fp8":
         return 0
     if config.lora.rank and config.model.frozen_memory == "fp8":
-        return (NARROW if config.model.dtype == "bfloat16" else 4) * footprint.trained
+        return _bytes(config.model.dtype) * footprint.trained
     layers = target_shapes(shapes.flow, LoraConfig(targets="all"))
     return sum(rows * columns for rows, columns in layers.values())
 
@@ -269,7 +274,7 @@ def _calling(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size
     activations = _forward(config, footprint, shapes, size, together)
     if not is_sharded(config.parallel) or config.parallel.gathered != "layer":
         return activations
-    block = (NARROW if config.model.dtype == "bfloat16" else 4) * max(shapes.blocks, default=0)
+    block = _bytes(config.model.dtype) * max(shapes.blocks, default=0)
     return max(activations + 2 * block, 3 * block)
 
 
@@ -278,9 +283,14 @@ def _units(config: RunConfig, shapes: Shapes, size: Size) -> int:
     return config.data.batch_size * shapes.tokens(*size) * shapes.width // config.parallel.context
 
 
+def _branches(config: RunConfig) -> int:
+    """Branches of a micro-batch, for each draw."""
+    return len(config.align.branches) * config.align.draws_per_rollout
+
+
 def _together(config: RunConfig) -> int:
-    """Branches and draws of a micro-batch in one pass."""
-    return min(config.align.at_once, len(config.align.branches) * config.align.draws_per_rollout)
+    """Those of them in one pass."""
+    return min(config.align.at_once, _branches(config))
 
 
 def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size, gradients: int) -> int:
@@ -300,14 +310,13 @@ def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Siz
         if model.frozen_memory != "full":
             kept += round(number * EXPANDED * shapes.matrices)
     later = gradients if _passes(config) > 1 else 0
-    decoding = later + max(kept + _narrow_copies(config, footprint), kept + _decoding(config, shapes, size, True))
-    return max(decoding, _block_backward(config, shapes, kept, block, gradients))
+    decoding = max(_narrow_copies(config, footprint), _decoding(config, shapes, size, True))
+    return max(later + kept + decoding, _block_backward(config, shapes, kept, block, gradients))
 
 
 def _passes(config: RunConfig) -> int:
     """Backward passes of an optimizer step."""
-    of_a_micro_batch = len(config.align.branches) * config.align.draws_per_rollout
-    return config.optim.accumulation * math.ceil(of_a_micro_batch / config.align.at_once)
+    return config.optim.accumulation * math.ceil(_branches(config) / config.align.at_once)
 
 
 def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int, held: int) -> int:
@@ -318,12 +327,11 @@ def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int, he
     `held`; in the only pass of a step, those of the blocks that are done with.
     """
     count, total = len(shapes.blocks), max(1, sum(shapes.blocks))
-    number = NARROW if config.model.dtype == "bfloat16" else 4
+    number = _bytes(config.model.dtype)
     fetched = gradients = sent = 0
     if is_sharded(config.parallel):
         fetched = 0 if config.parallel.gathered == "step" else 2 * number
-        sending = NARROW if config.parallel.gradients == "bfloat16" else 4
-        gradients, sent = (0, 0) if config.lora.rank else (number, sending)
+        gradients, sent = (0, 0) if config.lora.rank else (number, _bytes(config.parallel.gradients))
     once, left, most = _passes(config) == 1, total, held + block
     for place, size in reversed(list(enumerate(shapes.blocks, 1))):  # the last block's comes first
         there = round(held * (1 - left / total)) if once else held

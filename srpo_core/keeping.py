@@ -35,6 +35,10 @@ class Memory(Protocol):
         """What tensors can take beside those that are there."""
         ...
 
+    def spent(self, work: Callable[[], Result]) -> tuple[Result, int]:
+        """What some work gives, and the bytes that it takes at its peak beside what is in use."""
+        ...
+
 
 _most: dict[int, int] = {}
 """By CUDA device: the most that was in use before its peak was reset."""
@@ -53,7 +57,6 @@ class CudaMemory:
         return max(_most.get(self.device.index, 0), torch.cuda.max_memory_allocated(self.device))
 
     def spent(self, work: Callable[[], Result]) -> tuple[Result, int]:
-        """What some work gives, and the bytes that it takes at its peak beside what is in use."""
         _most[self.device.index] = self.peak()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = self.allocated()

@@ -122,13 +122,13 @@ class _Call:
     """A recorded call of a flow: it reads its arguments and the weights where they were when it was recorded."""
 
     recording: Recording
-    arguments: dict[str, Tensor]
+    arguments: list[Tensor]
     addresses: Addresses
 
-    def play(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> Tensor:
-        given = _arguments(latents, sigma, prompts)
-        for name, tensor in self.arguments.items():
-            tensor.copy_(given[name])
+    def play(self, given: list[Tensor]) -> Tensor:
+        """The velocity of arguments like those."""
+        for mine, tensor in zip(self.arguments, given, strict=True):
+            mine.copy_(tensor)
         self.recording.play()
         return self.recording.out.clone()
 
@@ -187,24 +187,30 @@ class Replay:
         """Whether a call should be recorded now: the first time, or as the device has nothing to do."""
         return self._fits.get(key, False) and (key not in self._calls or self._recorder.is_idle())
 
-    def find(self, key: object, addresses: Addresses | None) -> _Call | None:
-        """A recorded call that reads weights at these addresses."""
+    def find(self, key: object, addresses: Callable[[], Addresses | None]) -> _Call | None:
+        """A recorded call that reads weights where they are now."""
         call = self._calls.get(key)
-        return call if call is not None and call.addresses == addresses else None
+        return call if call is not None and call.addresses == addresses() else None
 
     def record(
-        self, flow: TrainableFlow, key: object, addresses: Addresses, arguments: dict[str, Tensor], guidance: float
+        self,
+        flow: TrainableFlow,
+        key: object,
+        addresses: Addresses,
+        latents: Tensor,
+        sigma: Tensor,
+        prompts: PromptBatch,
+        guidance: float,
     ) -> _Call | None:
         """A call with arguments like these; None if that can't be done, now and ever after."""
         if self._stopped:
             return None
-        kept = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in arguments.items()}
-        embeds = {name.removeprefix(EMBEDS): tensor for name, tensor in kept.items() if name.startswith(EMBEDS)}
-        prompts = PromptBatch(("",) * len(kept["latents"]), embeds)
+        latents, sigma = latents.clone(), sigma.clone(memory_format=torch.contiguous_format)
+        prompts = PromptBatch(prompts.prompts, {name: one.clone() for name, one in prompts.embeds.items()})
         leave_streams_alone(flow.module)
         try:
             recording = self._recorder.record(
-                lambda: flow.velocity(kept["latents"], kept["sigma"], prompts, guidance), again=key in self._calls
+                lambda: flow.velocity(latents, sigma, prompts, guidance), again=key in self._calls
             )
         except RuntimeError as error:
             self.stop()
@@ -216,15 +222,13 @@ class Replay:
             del recording
             self.stop()
             return None
-        self._calls[key] = call = _Call(recording, kept, addresses)
+        self._calls[key] = call = _Call(recording, _tensors(latents, sigma, prompts), addresses)
         return call
 
 
-EMBEDS = "embeds "
-
-
-def _arguments(latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> dict[str, Tensor]:
-    return {"latents": latents, "sigma": sigma} | {EMBEDS + name: one for name, one in prompts.embeds.items()}
+def _tensors(latents: Tensor, sigma: Tensor, prompts: PromptBatch) -> list[Tensor]:
+    """All that a call is given, beside numbers."""
+    return [latents, sigma, *prompts.embeds.values()]
 
 
 class _Replayed:
@@ -232,26 +236,29 @@ class _Replayed:
 
     def __init__(self, flow: TrainableFlow, replay: Replay) -> None:
         self._flow, self._replay = flow, replay
-        self._addresses = addresses_of(flow.module)
+        self._where: Addresses | None = None
         self._made: set[object] = set()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return self._flow.latent_shape(height, width)
 
     def velocity(self, latents: Tensor, sigma: Tensor, prompts: PromptBatch, guidance: float) -> Tensor:
-        arguments = _arguments(latents, sigma, prompts)
-        shapes = tuple((name, one.shape, one.dtype) for name, one in arguments.items())
-        key = (shapes, guidance)
+        given = _tensors(latents, sigma, prompts)
+        key = (tuple((one.shape, one.dtype) for one in given), tuple(prompts.embeds), guidance)
         call, made = self._replay.find(key, self._addresses), key in self._made
-        if made and self._addresses is None:
-            self._addresses = addresses_of(self._flow.module)  # by now they are gathered
-            call = self._replay.find(key, self._addresses)
-        if call is None and made and self._addresses is not None and self._replay.is_due(key):  # and code is compiled
-            call = self._replay.record(self._flow, key, self._addresses, arguments, guidance)
+        # by the time that one was made weights are gathered, and code is compiled
+        if call is None and made and self._replay.is_due(key) and (where := self._addresses()) is not None:
+            call = self._replay.record(self._flow, key, where, latents, sigma, prompts, guidance)
         if call is not None:
-            return call.play(latents, sigma, prompts)
+            return call.play(given)
         self._made.add(key)
         return self._replay.make(key, lambda: self._flow.velocity(latents, sigma, prompts, guidance), made)
+
+    def _addresses(self) -> Addresses | None:
+        """Where the weights are; they stay there once they are gathered."""
+        if self._where is None:
+            self._where = addresses_of(self._flow.module)
+        return self._where
 
 
 def addresses_of(module: nn.Module) -> Addresses | None:

@@ -337,9 +337,9 @@ def test_a_gpu_s_graphs_use_the_same_memory_again():
     prompts, sigmas = encode_text(("a cat", "a dog")).to(device), shifted_sigmas(4, 3.0)
     replay = Replay(graphs, Room(), lambda told: pytest.fail(told))
     replay.ready = True
-    layer, seen, before = flow.module.single_transformer_blocks[0].proj_mlp, [], []
+    layer, seen, kept = flow.module.single_transformer_blocks[0].proj_mlp, [], []
     for _ in range(5):
-        before.append(layer.weight.data)  # what comes next is elsewhere
+        kept.append(layer.weight.data)  # what comes next is elsewhere
         layer.weight.data = layer.weight.data * 1.1
         ours = rollout(replay.of(flow), prompts, noise, sigmas, 1.0).clean
         assert torch.equal(ours, rollout(flow, prompts, noise, sigmas, 1.0).clean)

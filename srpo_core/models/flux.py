@@ -74,7 +74,6 @@ class FluxFlow:
         "mlp": _MLP,
         "all": _ATTENTION + _MLP,
     }
-
     recordable = True
 
     def __init__(self, module: FluxTransformer2DModel, downscale: int = 8, dtype: torch.dtype = torch.float32) -> None:
