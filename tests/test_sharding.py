@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,26 @@ def test_one_of_another_machine_that_is_silent_counts_as_gone(monkeypatch):
         with pytest.raises(OthersError, match="rank 1 of 2 has given no sign of life"):
             world.exchange(None)
     monkeypatch.setattr(last_words, "_heard", [])
+
+
+def test_processes_that_are_done_leave_each_other_together(monkeypatch):
+    """The first waits for the last, but not for ever."""
+    store, left = dist.HashStore(), []
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+    def leave(rank: int, size: int, seconds: float) -> None:
+        last_words.leave_together(rank, size, timedelta(seconds=seconds))
+        left.append(rank)
+
+    first = threading.Thread(target=leave, args=(0, 2, LIMIT), daemon=True)
+    first.start()
+    first.join(0.3)
+    assert not left
+    leave(1, 2, LIMIT)
+    first.join(LIMIT)
+    assert sorted(left) == [0, 1]
+    leave(2, 4, 0.1)  # one that doesn't come
+    assert left[-1] == 2
 
 
 def test_a_sharded_run_is_read_by_one_process_that_goes_on_with_it(tmp_path):
