@@ -8,11 +8,42 @@ import pytest
 import torch
 from tiny import ColourReward, tiny_config, weights_hash
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from srpo_core import speed
 from srpo_core.assemble import assemble
+from srpo_core.description import load_run
 from srpo_core.deterministic import deterministic
 from srpo_core.errors import TrainingError
+from srpo_core.miniature import looks
 from srpo_core.rewards.images import square
+
+WITHOUT_ORDER = (
+    *("median.dim", "nanmedian.dim", "kthvalue", "cumsum", "histc", "put_", "put", "scatter_reduce", "ctc_loss_backward"),
+    *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward"),
+    *("_upsample_bilinear2d_aa_backward", "_upsample_bicubic2d_aa_backward", "upsample_trilinear3d_backward"),
+    *("reflection_pad1d_backward", "reflection_pad2d_backward", "replication_pad1d_backward"),
+    *("replication_pad2d_backward", "grid_sampler_2d_backward", "grid_sampler_3d_backward", "max_unpool2d"),
+    *("_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward", "nll_loss2d_forward"),
+    *("max_pool3d_with_indices_backward", "fractional_max_pool2d_backward", "_embedding_bag_dense_backward"),
+)
+"""Operations that PyTorch has no deterministic kernel for on GPUs (docs of torch.use_deterministic_algorithms)."""
+
+
+class Orderless(TorchDispatchMode):
+    """Notes which operations without an order are called with numbers that are not whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.calls = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        name = str(func).removeprefix("aten.")
+        numbers = any(isinstance(arg, torch.Tensor) and arg.is_floating_point() for arg in args)
+        if numbers and any(name == one or name.startswith(f"{one}.") for one in WITHOUT_ORDER):
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
 
 
 def state():
@@ -105,6 +136,28 @@ def test_a_run_trains_in_it_and_to_the_same_weights_on_the_cpu(tmp_path, monkeyp
         seen.clear()
         hashes.append(weights_hash(trainer.flow.module))
     assert hashes[0] == hashes[1] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_whole_run_of_the_miniature_calls_nothing_that_gpus_have_no_order_for(tmp_path):
+    changes = ["optim.steps=2", "output.evaluate_prompts=2", "output.preview_every=1", "optim.accumulation=1"]
+    trainer = assemble(load_run("miniature", [*changes, f"output.dir={tmp_path / 'run'}", "parallel.deterministic=true"]))
+    with Orderless() as orderless:
+        trainer.train()
+    assert orderless.calls > 10_000 and not orderless.found
+
+
+def test_the_operations_that_it_looks_for_are_called_by_these_names():
+    images = torch.rand(1, 3, 40, 40, requires_grad=True)
+    with Orderless() as orderless:
+        square(images, 24, "crop").sum().backward()
+        images.detach().flatten(1).median(1)
+    assert orderless.found == {"_upsample_bicubic2d_aa_backward.default", "median.dim"}
+
+
+def test_the_looks_median_is_pytorch_s():
+    for side in (8, 15):
+        images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(side))
+        assert torch.equal(looks._median(images), images.flatten(1).median(1).values)
 
 
 def test_attention_is_not_chosen_by_time(tmp_path, monkeypatch):

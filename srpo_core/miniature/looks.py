@@ -47,11 +47,17 @@ def raw_look(images: Tensor) -> dict[str, Tensor]:
     """
     luma, height = _luma(images.float()), images.shape[-2]
     smooth = _blur(luma, height / 64)
-    texture = ((luma - smooth).abs() / (smooth + 0.05)).flatten(1).median(1).values
+    texture = _median((luma - smooth).abs() / (smooth + 0.05))
     broad = _blur(luma, height / 16)
     slope = torch.hypot(*torch.gradient(broad[:, 0], dim=(1, 2))) * height / (broad[:, 0] + 0.05)
     chroma = images.float().amax(1) - images.float().amin(1)
-    return {"texture": texture, "light": slope.flatten(1).median(1).values, "natural_colour": -chroma.mean((1, 2))}
+    return {"texture": texture, "light": _median(slope), "natural_colour": -chroma.mean((1, 2))}
+
+
+def _median(values: Tensor) -> Tensor:
+    """[B, ...] -> [B]; of an even count the lower one. `Tensor.median` has no order on GPUs (parallel.deterministic)."""
+    ordered = values.flatten(1).sort(1).values
+    return ordered[:, (ordered.shape[1] - 1) // 2]
 
 
 def look(images: Tensor) -> dict[str, Tensor]:
