@@ -22,13 +22,13 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(first: Tensor, *args: Any) -> Any:
-        if not first.is_cuda or torch.compiler.is_compiling() or not is_fused(first.device):
+        if torch.compiler.is_compiling() or not is_fused(first.device):
             return function(first, *args)
         if not compiled:
             compiled.append(torch.compile(function, fullgraph=True))
         if compiled[0] is not None:
             try:
-                return compiled[0](first, *args)
+                return compiled[0](_plain(first), *args)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of many kinds: no compiler on the machine, an unknown GPU, ...
@@ -37,6 +37,11 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(first, *args)
 
     return call
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor of a frozen parameter: of parameters themselves each shape is compiled for, up to a limit."""
+    return tensor if tensor.requires_grad else tensor.detach()
 
 
 @functools.cache

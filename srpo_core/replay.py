@@ -45,14 +45,6 @@ class Recorder(Protocol):
         """
         ...
 
-    def mark(self) -> None:
-        """Remember what the device has been given to do so far."""
-        ...
-
-    def is_idle(self) -> bool:
-        """Whether the device has done all that, without waiting for it."""
-        ...
-
     def forget(self) -> None:
         """Give back the memory of recordings, none of which is played any more."""
         ...
@@ -76,7 +68,6 @@ class CudaGraphs:
         self.taken, self._device = 0, device
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._marked: torch.cuda.Event | None = None
 
     def record(self, work: Callable[[], Tensor], again: bool) -> CudaGraph:
         if not again:
@@ -104,13 +95,6 @@ class CudaGraphs:
         with contextlib.suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
 
-    def mark(self) -> None:
-        self._marked = self._marked or torch.cuda.Event()
-        self._marked.record(torch.cuda.current_stream(self._device))
-
-    def is_idle(self) -> bool:
-        return self._marked is not None and self._marked.query()
-
     def forget(self) -> None:
         self.taken, self._pool = 0, None
         torch.cuda.synchronize(self._device)  # one may be played just now
@@ -134,10 +118,10 @@ class _Call:
 
 
 class Replay:
-    """Records a flow's calls, one for each shape, and again when its weights have moved.
+    """Records a flow's calls, one for each shape, once its weights are where they were in the rollout before.
 
-    Recording takes the host about as long as making a call does. Where weights move in each step (codes in fp8,
-    gathered parts) that pays if the device waits for the host anyway, and is done then; else calls are made as ever.
+    Recording takes the host longer than making a call does, while the device waits. So where weights move in each step
+    (codes in fp8, gathered parts) calls are made as ever.
 
     Nothing is recorded before the first step is done, which compiles and shows how much memory a step takes, and before
     a call has shown what it takes; nor where that would leave too little for such a step. `report` is told if recording
@@ -150,6 +134,7 @@ class Replay:
         self._recorder, self._memory, self._report = recorder, memory, report
         self._calls: dict[object, _Call] = {}
         self._fits: dict[object, bool] = {}
+        self._last: Addresses | None = None
         self._stopped = False
 
     @property
@@ -171,21 +156,24 @@ class Replay:
 
     def make(self, key: object, work: Callable[[], Tensor], measured: bool) -> Tensor:
         """A call, and what it takes if that is to be `measured`."""
-        if measured and key not in self._fits:
-            made, taken = self._memory.spent(work)
-            self._fits[key] = taken <= self._spare()
-        else:
-            made = work()
-        self._recorder.mark()
+        if not measured or key in self._fits:
+            return work()
+        made, taken = self._memory.spent(work)
+        self._fits[key] = taken <= self._spare()
         return made
 
     def _spare(self) -> int:
         """Bytes that no step has taken so far, nor a recording."""
         return self._memory.room() + self._memory.allocated() - self._memory.peak() - self.taken
 
-    def is_due(self, key: object) -> bool:
-        """Whether a call should be recorded now: the first time, or as the device has nothing to do."""
-        return self._fits.get(key, False) and (key not in self._calls or self._recorder.is_idle())
+    def fits(self, key: object) -> bool:
+        """Whether there is room to record a call, as far as that is known."""
+        return self._fits.get(key, False)
+
+    def stayed(self, addresses: Addresses) -> bool:
+        """Whether the weights of a rollout are where those of the one before were; to be asked once in each."""
+        before, self._last = self._last, addresses
+        return before == addresses
 
     def find(self, key: object, addresses: Callable[[], Addresses | None]) -> _Call | None:
         """A recorded call that reads weights where they are now."""
@@ -237,6 +225,7 @@ class _Replayed:
     def __init__(self, flow: TrainableFlow, replay: Replay) -> None:
         self._flow, self._replay = flow, replay
         self._where: Addresses | None = None
+        self._stayed = False
         self._made: set[object] = set()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -247,8 +236,10 @@ class _Replayed:
         key = (tuple((one.shape, one.dtype) for one in given), tuple(prompts.embeds), guidance)
         call, made = self._replay.find(key, self._addresses), key in self._made
         # by the time that one was made weights are gathered, and code is compiled
-        if call is None and made and self._replay.is_due(key) and (where := self._addresses()) is not None:
-            call = self._replay.record(self._flow, key, where, latents, sigma, prompts, guidance)
+        if call is None and made and self._replay.fits(key):
+            where = self._addresses()
+            if where is not None and self._stayed:
+                call = self._replay.record(self._flow, key, where, latents, sigma, prompts, guidance)
         if call is not None:
             return call.play(given)
         self._made.add(key)
@@ -258,6 +249,7 @@ class _Replayed:
         """Where the weights are; they stay there once they are gathered."""
         if self._where is None:
             self._where = addresses_of(self._flow.module)
+            self._stayed = self._where is not None and self._replay.stayed(self._where)
         return self._where
 
 

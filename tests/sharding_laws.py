@@ -278,16 +278,12 @@ def leaves_room_for_gradients(folder: Path, strategy: str) -> None:
 
 
 def keeps_blocks_gathered(folder: Path) -> None:
-    """However long blocks stay gathered, and wherever their parts are, the numbers are the same.
-
-    On GPUs the calls of those that stay are recorded.
-    """
+    """However long blocks stay gathered, and wherever their parts are, the numbers are the same."""
     reached = []
     for i, parallel in enumerate(({}, {"gathered": "rollout"}, {"gathered": "step", "offload": True})):
         trainer = sharded(folder / str(i), "shard", parallel=parallel | {"processes": 2})
         for step in (1, 2):
             trainer.learner.step(step, Clock(lambda: None))
-        assert bool(trainer.learner.recorded_bytes()) == (bool(parallel) and not ON_CPU)
         reached.append([part_of(p).detach().cpu().clone() for p in trainer.learner.trained.values()])
     for other in reached[1:]:
         if ON_CPU:

@@ -31,16 +31,6 @@ class Again:
     taken: int = 0
     recorded: int = 0
     played: list[int] = field(default_factory=list)
-    idle: bool = True
-    """Whether the device waits for its host."""
-    marked: int = 0
-
-    def mark(self):
-        self.marked += 1
-
-    def is_idle(self):
-        assert self.marked  # there is something to be done with
-        return self.idle
 
     def record(self, work, again):
         if self.fails is not None:
@@ -101,10 +91,11 @@ def rolled_out(model, prompts=("a cat", "a dog"), steps=5, calls=0, seed=0, guid
 def test_played_calls_draw_what_calls_draw(calls):
     flow, recorder = tiny_flow(), Again()
     replay, _ = replay_with(recorder)
-    for seed, prompts in enumerate([("a cat", "a dog"), ("a tree", "a boat")]):
+    for seed, prompts in enumerate([("a cat", "a dog"), ("a tree", "a boat"), ("a car", "a house")]):
         ours = rolled_out(replay.of(flow), prompts, calls=calls, seed=seed)
         assert torch.equal(ours, rolled_out(flow, prompts, calls=calls, seed=seed))
-    assert recorded_and_played(recorder) == (1, 2 * (calls or 5) - 2)  # all but the very first and one to measure
+    # the first shows where the weights are, and the first call of the second that they are still there
+    assert recorded_and_played(recorder) == (1, 2 * (calls or 5) - 1)
 
 
 def recorded_and_played(recorder):
@@ -114,11 +105,12 @@ def recorded_and_played(recorder):
 def test_each_shape_and_guidance_has_a_recording_of_its_own():
     flow, recorder = tiny_flow(), Again()
     replay, _ = replay_with(recorder)
+    rolled_out(replay.of(flow))
     model = replay.of(flow)
     ways = [{}, {"prompts": ("a cat",)}, {"guidance": 3.5}]
     for way in ways + ways[::-1]:
         assert torch.equal(rolled_out(model, **way), rolled_out(flow, **way))
-    assert recorded_and_played(recorder) == (3, 3 * 3 + 3 * 5)
+    assert recorded_and_played(recorder) == (3, 4 + 2 * 3 + 3 * 5)  # one was measured before, the others are first
     assert set(recorder.played) == {1, 2, 3}
     assert replay.taken == 300
 
@@ -127,28 +119,28 @@ def test_moved_weights_are_recorded_where_they_are():
     """Changed in place they are read as they are now; elsewhere nothing recorded before is played."""
     flow, recorder = tiny_flow(), Again()
     replay, _ = replay_with(recorder)
-    rolled_out(replay.of(flow))
-    layer = flow.module.single_transformer_blocks[0].proj_mlp
-    with torch.no_grad():
-        layer.weight.mul_(1.5)
-    assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
-    assert recorder.recorded == 1
-    layer.weight.data = layer.weight.data * 2
-    assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
-    assert recorder.recorded == 2 and set(recorder.played[-4:]) == {2}
+    layer, before = flow.module.single_transformer_blocks[0].proj_mlp, []
+    for moves, recorded, played in ((False, 0, 0), (False, 1, 4), (True, 1, 4), (False, 2, 8), (False, 2, 13)):
+        before.append(layer.weight.data)  # kept, so that nothing else comes to be there
+        with torch.no_grad():
+            layer.weight.mul_(1.5)
+        if moves:
+            layer.weight.data = layer.weight.data * 2
+        assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
+        assert recorded_and_played(recorder) == (recorded, played)
+    assert set(recorder.played[-9:]) == {2} and recorder.taken == 100
 
 
-def test_where_weights_move_a_device_at_work_gets_its_calls():
-    """Recording anew takes the host as long as a call, which is free only while the device waits for it."""
+def test_where_weights_move_in_each_step_calls_are_made():
+    """Recording anew takes longer than it saves."""
     flow, recorder = tiny_flow(), Again()
     replay, _ = replay_with(recorder)
     layer, before = flow.module.single_transformer_blocks[0].proj_mlp, []
-    for recorder.idle, recorded, played in ((False, 1, 3), (False, 1, 3), (True, 2, 7)):  # the first time in any case
+    for _ in range(4):
         assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
-        assert recorded_and_played(recorder) == (recorded, played)
-        before.append(layer.weight.data)  # what comes next is elsewhere
+        before.append(layer.weight.data)
         layer.weight.data = layer.weight.data * 2
-    assert recorder.taken == 100
+    assert recorded_and_played(recorder) == (0, 0) and replay.taken == 0
 
 
 def test_all_tensors_of_a_module_have_an_address():
@@ -174,7 +166,7 @@ def test_what_would_leave_a_step_too_little_is_not_recorded(room, each, recorded
     flow, recorder = tiny_flow(), Again(each=each)
     memory = Room(room)
     replay, told = replay_with(recorder, memory)
-    for _ in range(2):
+    for _ in range(3):
         assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
     assert memory.measured == 1 and recorder.recorded == recorded  # neither is tried again
     assert replay.taken == (each if kept else 0) and not told
@@ -184,9 +176,9 @@ def test_what_would_leave_a_step_too_little_is_not_recorded(room, each, recorded
 def test_a_shape_without_room_leaves_the_others_theirs():
     flow, recorder, memory = tiny_flow(), Again(), Room(150)
     replay, _ = replay_with(recorder, memory)
-    for prompts in (("a cat",), ("a cat", "a dog"), ("a cat",)):
+    for prompts in (("a cat",), ("a cat",), ("a cat", "a dog"), ("a cat", "a dog"), ("a cat",)):
         assert torch.equal(rolled_out(replay.of(flow), prompts), rolled_out(flow, prompts))
-    assert memory.measured == 2 and recorded_and_played(recorder) == (1, 3 + 5)
+    assert memory.measured == 2 and recorded_and_played(recorder) == (1, 4 + 5)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +191,7 @@ def test_a_shape_without_room_leaves_the_others_theirs():
 def test_what_can_not_be_recorded_is_called(error, said):
     flow, recorder = tiny_flow(), Again(fails=error)
     replay, told = replay_with(recorder)
-    for _ in range(2):
+    for _ in range(3):
         assert torch.equal(rolled_out(replay.of(flow)), rolled_out(flow))
     assert len(told) == bool(said) and all("rollout.cuda_graph=true" in one and said in one for one in told)
 
@@ -228,9 +220,9 @@ def test_what_is_recorded(tmp_path, settings, device, wanted):
     assert not can_record(config, Other(), torch.device(device))
 
 
-def trained(tmp_path, name, recorder=None, steps=3, **settings):
+def trained(tmp_path, name, recorder=None, steps=4, **settings):
     """A learner after some steps, with its rollouts recorded by a recorder, if any, and what its last step told."""
-    learner = assemble(tiny_config(tmp_path / name, **settings)).learner
+    learner = assemble(tiny_config(tmp_path / name, **{"optim__steps": 6} | settings)).learner
     if recorder is not None:
         learner._replay = Replay(recorder, Room(), lambda _: None)
     told = None
@@ -244,7 +236,7 @@ def trained(tmp_path, name, recorder=None, steps=3, **settings):
     [
         ({}, 1),
         ({"lora__rank": 2, "optim__accumulation": 3, "rollout__at_once": 2}, 2),
-        ({"rollout": {"num_steps": 4, "precision": "fp8"}}, 0),
+        ({"rollout": {"num_steps": 4, "precision": "fp8"}}, None),  # its codes may come to be where others were
     ],
     ids=["plain", "two shapes", "fp8"],
 )
@@ -254,13 +246,13 @@ def test_a_run_learns_the_same_with_its_rollouts_recorded(tmp_path, settings, re
     theirs, wanted = trained(tmp_path, "theirs", **settings)
     assert told.loss == wanted.loss
     assert all(torch.equal(p, theirs.trained[name]) for name, p in ours.trained.items())
-    assert recorder.recorded >= 1 and (not recordings or recorder.recorded == recordings)  # codes of fp8 may move
-    assert ours._aside() == recorder.taken > 0  # which no activations can have
+    assert recordings is None or (recorder.recorded, recorder.taken) == (recordings, 100 * recordings)
+    assert ours._aside() == recorder.taken  # which no activations can have
 
 
 def test_a_step_that_runs_out_of_memory_is_tried_without_recordings(tmp_path, monkeypatch):
     recorder = Again()
-    learner, _ = trained(tmp_path, "run", recorder, steps=2)
+    learner, _ = trained(tmp_path, "run", recorder, steps=3)
     real, asked = learner._add_gradients, []
 
     def full(*args):
@@ -270,19 +262,19 @@ def test_a_step_that_runs_out_of_memory_is_tried_without_recordings(tmp_path, mo
         return real(*args)
 
     monkeypatch.setattr(learner, "_add_gradients", full)
-    told = learner.step(3, Clock(lambda: None))
+    told = learner.step(4, Clock(lambda: None))
     assert asked == [100, 0]
     assert told.loss == trained(tmp_path, "without")[1].loss
     recorder.taken = 1  # of nothing that could be given back
     learner._replay.stop = lambda: False
     with pytest.raises(torch.OutOfMemoryError):
-        learner.step(4, Clock(lambda: None))
+        learner.step(5, Clock(lambda: None))
 
 
 def test_a_step_that_runs_out_of_memory_with_weights_half_changed_ends_the_run(tmp_path, monkeypatch):
     """Tried again it would change some of them twice."""
     recorder = Again()
-    learner, _ = trained(tmp_path, "run", recorder, steps=2)
+    learner, _ = trained(tmp_path, "run", recorder, steps=3)
     real, called = learner.optimizer.step, []
 
     def full():
@@ -291,7 +283,7 @@ def test_a_step_that_runs_out_of_memory_with_weights_half_changed_ends_the_run(t
 
     monkeypatch.setattr(learner.optimizer, "step", full)
     with pytest.raises(torch.OutOfMemoryError):
-        learner.step(3, Clock(lambda: None))
+        learner.step(4, Clock(lambda: None))
     assert len(called) == 1 and recorder.taken
     wanted = trained(tmp_path, "without")[0].trained
     assert all(torch.equal(p, wanted[name]) for name, p in learner.trained.items())
@@ -316,20 +308,19 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes an N
 def test_cuda_graphs_draw_what_calls_draw(tmp_path, settings):
     """To the last bit, with weights that have been trained since they were recorded."""
     learner, told = trained(tmp_path, "run", parallel={"device": "cuda"}, **settings)
-    assert learner.recorded_bytes() > 0
+    assert learner.config.rollout.precision == "fp8" or learner.recorded_bytes() > 0  # codes may move
     micros = range(learner.config.optim.accumulation)
-    ours, replay = learner._rollouts(4, micros), learner._replay
+    ours = learner._rollouts(5, micros)
     learner._replay = None
-    theirs = learner._rollouts(4, micros)
+    theirs = learner._rollouts(5, micros)
     assert all(torch.equal(one.clean, other.clean) for one, other in zip(ours, theirs, strict=True))
-    assert learner.config.rollout.precision == "fp8" or replay._calls  # codes move: that pays or it doesn't
     wanted = trained(tmp_path, "direct", **{"parallel": {"device": "cuda"}, "rollout__cuda_graph": False} | settings)
     assert told.loss == pytest.approx(wanted[1].loss, rel=1e-3)
 
 
 @needs_gpu
 def test_a_gpu_s_graphs_use_the_same_memory_again():
-    """Recorded anew as often as weights move, they take no more than the first did; forgotten, they take none."""
+    """Recorded anew where weights have moved, they take no more than the first did; forgotten, they take none."""
     device = torch.device("cuda")
     flow, graphs = tiny_flow(), CudaGraphs(device)
     flow.module.to(device)
@@ -341,8 +332,9 @@ def test_a_gpu_s_graphs_use_the_same_memory_again():
     for _ in range(5):
         kept.append(layer.weight.data)  # what comes next is elsewhere
         layer.weight.data = layer.weight.data * 1.1
-        ours = rollout(replay.of(flow), prompts, noise, sigmas, 1.0).clean
-        assert torch.equal(ours, rollout(flow, prompts, noise, sigmas, 1.0).clean)
+        for _ in range(2):
+            ours = rollout(replay.of(flow), prompts, noise, sigmas, 1.0).clean
+            assert torch.equal(ours, rollout(flow, prompts, noise, sigmas, 1.0).clean)
         seen.append(graphs.taken)
     assert seen[0] > 0 and len(set(seen)) == 1 and replay._spare() > 0
     before = torch.cuda.memory_reserved()
@@ -360,7 +352,7 @@ def test_what_a_gpu_can_not_record_is_called():
     replay = Replay(CudaGraphs(device), Room(), told.append)
     replay.ready = True
     noise, prompts = torch.randn(1, 4, 8, 8, device=device), encode_text(("a cat",)).to(device)
-    for _ in range(2):
+    for _ in range(3):
         ours = rollout(replay.of(flow), prompts, noise, shifted_sigmas(4, 3.0), 1.0).clean
         assert torch.equal(ours, rollout(flow, prompts, noise, shifted_sigmas(4, 3.0), 1.0).clean)
     assert len(told) == 1 and "rollout.cuda_graph=true" in told[0]

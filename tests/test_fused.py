@@ -1,0 +1,60 @@
+"""Functions that are one kernel on a GPU: a model's matrices, of many shapes, share what was compiled for a few."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from srpo_core import fused as fusing
+from srpo_core.weights import eight_bit, four_bit
+
+SHAPES = [(rows, columns) for rows in (64, 128, 192, 384) for columns in (64, 128, 256, 320, 768)]
+"""More than torch.compile keeps code for: FLUX.1-dev's matrices are of 13 shapes."""
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """As on a GPU, with a backend that notes for how many shapes it is asked, and runs them as they are."""
+    seen = []
+
+    def backend(module, inputs):
+        seen.append([one.shape for one in inputs if isinstance(one, torch.Tensor)])
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(fusing, "is_fused", lambda device: True)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return seen
+
+
+@pytest.mark.parametrize("module", [eight_bit, four_bit], ids=["8 bits", "4 bits"])
+def test_matrices_of_many_shapes_are_expanded_by_one_kernel(graphs, module):
+    kind = {eight_bit: eight_bit.Rows, four_bit: four_bit.Blocks}[module]
+    expand = {eight_bit: "expanded_rows", four_bit: "expanded_blocks"}[module]
+    function = getattr(module, expand).__wrapped__
+    setattr(module, expand, again := fusing.fused(function))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it tells when it gives up
+            for seed, shape in enumerate(SHAPES):
+                weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+                codes, expander = kind.of(weight, torch.float32)
+                held = nn.Parameter(codes, requires_grad=False)
+                ours = expander(held)
+                setattr(module, expand, function)
+                assert torch.equal(ours, expander(held))
+                setattr(module, expand, again)
+    finally:
+        setattr(module, expand, fusing.fused(function))
+    assert 1 <= len(graphs) <= 4
+
+
+def test_what_is_to_learn_keeps_its_gradient(graphs):
+    scaled = fusing.fused(lambda first, factor: first * factor)
+    weight = torch.ones(3, requires_grad=True)
+    scaled(weight, 2.0).sum().backward()
+    assert torch.equal(weight.grad, torch.full((3,), 2.0)) and len(graphs) == 1
