@@ -50,6 +50,7 @@ from srpo_core.sharding import (
     parts_of,
     put_whole,
     settle,
+    shares_memory,
     sum_over_machines,
     whole_norm,
 )
@@ -151,11 +152,11 @@ class Learner:
         return 0 if self._replay is None else self._replay.taken
 
     def _gradients_to_come(self) -> int:
-        """Bytes of a step's gradients before its first backward pass, of parts: FSDP makes them on a stream of its own.
+        """Bytes of a step's gradients before its first backward pass, of parts whose memory is FSDP's own.
 
         They find memory of earlier steps there, or take it from what is free; activations can't have it either way.
         """
-        if self._has_gradients:
+        if self._has_gradients or not self.is_sharded or shares_memory(self.config.parallel):
             return 0
         parts = [self.parts[name] for name, parameter in self.trained.items() if is_part(parameter)]
         return sum(part.nbytes for part in parts if part.device == self.world.device)

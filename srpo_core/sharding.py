@@ -53,6 +53,51 @@ def shard(flow: TrainableFlow, world: World, parallel: ParallelConfig, dtype: to
         fully_shard(module, **options)
     if not isinstance(flow.module, flow.block_types):
         fully_shard(flow.module, **options)
+    if shares_memory(parallel):
+        for one in _gathering(flow.module):
+            one.set_custom_reduce_scatter(_Reduce(world.device))
+
+
+def shares_memory(parallel: ParallelConfig) -> bool:
+    """Whether gradients of parts can have the memory that activations leave.
+
+    FSDP makes them on a stream of its own, whose memory is its own too. They are what `_Reduce` has made where nothing
+    else is done to them: no sum over machines on a third stream, no cast.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    plain = parallel.strategy == "shard" and parallel.gradients == "float32"
+    return plain and hasattr(FSDPModule, "set_custom_reduce_scatter")
+
+
+class _Reduce:
+    """How FSDP sums up gradients over processes (its ReduceScatter), in memory of the stream that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._computing = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # by version of torch
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for what is sent, asked for on the stream that computes, or on FSDP's, for what comes of it.
+
+        That one waits for the other beforehand, so that whatever left the room is done with it.
+        """
+        if self._computing is None or (using := torch.cuda.current_stream(device)) == self._computing:
+            return torch.empty(*size, dtype=dtype, device=device)
+        with torch.cuda.stream(self._computing):
+            room = torch.empty(*size, dtype=dtype, device=device)
+        room.record_stream(using)  # given back, it is taken again once that stream is done with it
+        return room
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        return self._sum(output_tensor, input_tensor, op, group, async_op)
 
 
 def _mesh(world: World, strategy: str) -> dist.DeviceMesh:
