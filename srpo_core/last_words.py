@@ -1,13 +1,14 @@
 """What ends a process while others wait for it inside the model, left where they look: torchrun's store.
 
 Their waiting can't be answered there: a call of a sharded model has no place for messages. A process that ends closes
-its connections, which gloo notices at once; NCCL doesn't, so that its waiting is broken off. torchrun ends the others
-of a machine where one was killed without a word; those of other machines miss its signs of life.
+its connections, which gloo notices at once; NCCL doesn't, so that its waiting is broken off. Of one that was killed
+without a word, another one on its machine sees that it is gone; those of other machines miss its signs of life.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ KEY, DONE = "srpo/ended", "srpo/done"
 LOOK_EVERY = 1.0
 GRACE = 5.0
 """Seconds that a process has to notice by itself that another one has ended."""
+PROCESS, LEFT = "srpo/process", "srpo/left"
 ALIVE = "srpo/alive"
 BEAT_EVERY = 10.0
 SILENCE = 180.0
@@ -66,6 +68,39 @@ def _second_store() -> dist.Store:
     return store.clone() if hasattr(store, "clone") else store
 
 
+class _Neighbour:
+    """The next one of torchrun's processes on this machine, as the system knows it."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, local: int, count: int) -> None:
+        self._store, self._size = store, size
+        self._other, self._process = rank - local + (local + 1) % count, 0
+        with contextlib.suppress(Exception):
+            store.set(f"{PROCESS}/{rank}", str(os.getpid()))
+
+    def look(self) -> None:
+        """Leave words for all if it is gone and hasn't left by itself."""
+        with contextlib.suppress(Exception):  # the store may be gone
+            if not self._process and self._store.check([key := f"{PROCESS}/{self._other}"]):
+                self._process = int(self._store.get(key))
+            if self._process and not _is_there(self._process) and not _left(self._store, self._other):
+                self._store.set(KEY, f"rank {self._other} of {self._size} was killed without a word")
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _left(store: dist.Store, rank: int) -> bool:
+    """Whether a process has left by itself, in whatever way."""
+    return store.check([f"{LEFT}/{rank}"])
+
+
 class _Pulse:
     """A process's signs of life, and those of the next one in rank."""
 
@@ -74,7 +109,7 @@ class _Pulse:
         self._count, self._beat = 0, -BEAT_EVERY
         self._seen, self._since = b"", time.monotonic()
 
-    def go_on(self) -> None:
+    def look(self) -> None:
         """Give a sign if one is due, and look for the other's; leaves words for all if that one is gone."""
         now, other = time.monotonic(), (self._rank + 1) % self._size
         if now - self._beat < BEAT_EVERY:
@@ -87,25 +122,32 @@ class _Pulse:
                 self._seen, self._since = seen, now
         if now - self._since > SILENCE:
             with contextlib.suppress(Exception):
+                if _left(self._store, other):
+                    return
                 words = f"has given no sign of life for {SILENCE / 60:.0f} minutes: killed, or its machine is gone"
                 self._store.set(KEY, f"rank {other} of {self._size} {words}")
 
 
 @contextlib.contextmanager
 def watched(rank: int = 0, size: int = 1) -> Iterator[None]:
-    """Inside the context this process doesn't wait in NCCL for one that has left its last words.
+    """Inside the context this process, one of torchrun's, doesn't wait in NCCL for one that has left its last words.
 
-    Of `size` processes on several machines, each gives signs of life, and a silent one counts as gone.
+    Each sees whether the next one on its machine is there; on several machines it gives signs of life, too, and a
+    silent one counts as gone.
     """
     done = threading.Event()
     _heard.clear()
-    store = _second_store()
-    pulse = _Pulse(store, rank, size) if size > 1 else None
+    store, watches = _second_store(), []
+    local, count = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    if count > 1:
+        watches.append(_Neighbour(store, rank, size, local, count))
+    if count < size:
+        watches.append(_Pulse(store, rank, size))
 
     def look() -> None:
         while not done.wait(LOOK_EVERY):
-            if pulse is not None:
-                pulse.go_on()
+            for watch in watches:
+                watch.look()
             told = told_last(store)
             if told is not None and not done.wait(GRACE):
                 _heard.append(told)
@@ -120,3 +162,5 @@ def watched(rank: int = 0, size: int = 1) -> Iterator[None]:
         yield
     finally:
         done.set()
+        with contextlib.suppress(Exception):
+            store.set(f"{LEFT}/{rank}", "")

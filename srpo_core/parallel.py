@@ -96,9 +96,7 @@ class World:
                 f"the run's {self.size} processes didn't find each other at {where}: {error}; that address must be"
                 " machine 0's, and no firewall between them"
             ) from error
-        elsewhere = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) < self.size  # some are on other machines
-        watches = nccl and (self.keeps_step or elsewhere)
-        with watched(self.rank, self.size if elsewhere else 1) if watches else contextlib.nullcontext():
+        with watched(self.rank, self.size) if nccl else contextlib.nullcontext():
             yield
         leave_together(self.rank, self.size, FAREWELL)
         dist.destroy_process_group()  # not after an error: others may be gone, and this process ends too

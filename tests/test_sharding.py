@@ -116,6 +116,48 @@ def test_one_of_another_machine_that_is_silent_counts_as_gone(monkeypatch):
     monkeypatch.setattr(last_words, "_heard", [])
 
 
+def ends_in(seconds: float) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"])
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["killed", "left by itself"])
+def test_one_of_the_same_machine_that_is_killed_is_gone_at_once(monkeypatch, leaves):
+    """The system knows: no torchrun has to end the others, which takes it half a minute where they wait in NCCL."""
+    for name, seconds in (("LOOK_EVERY", 0.01), ("GRACE", 0.01)):
+        monkeypatch.setattr(last_words, name, seconds)
+    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(last_words, "_heard", [])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = World(2, 4, torch.device("cpu"), keeps_step=True)  # the second machine's first
+    shared = dist.distributed_c10d._get_default_store()
+    other = ends_in(LIMIT)
+    try:
+        with last_words.watched(2, 4):
+            assert int(shared.get(f"{last_words.PROCESS}/2")) == os.getpid()
+            shared.set(f"{last_words.PROCESS}/3", str(other.pid))
+            time.sleep(0.3)
+            assert dist.is_initialized() and last_words.told_last() is None
+            if leaves:
+                shared.set(f"{last_words.LEFT}/3", "")
+            other.kill()
+            other.wait()
+            deadline = time.monotonic() + (0.3 if leaves else LIMIT)
+            while dist.is_initialized() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if leaves:
+                assert dist.is_initialized()
+            else:
+                with pytest.raises(OthersError, match="rank 3 of 4 was killed without a word"):
+                    world.exchange(None)
+        assert shared.check([f"{last_words.LEFT}/2"])
+    finally:
+        other.kill()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        monkeypatch.setattr(last_words, "_heard", [])
+
+
 def test_processes_that_are_done_leave_each_other_together(monkeypatch):
     """The first waits for the last, but not for ever."""
     store, left = dist.HashStore(), []
