@@ -48,6 +48,8 @@ FORWARD = 0.6
 """What a forward pass takes of what SHARE, an average with the longer backward pass, makes of it."""
 COMPILED, FP8 = 0.74, 0.79
 """What compiled blocks take of the others' time, and blocks with matrices in fp8 of that (H200)."""
+STEADY, STEADY_BACKWARD = 1.3, 2.4
+"""How much longer a rollout and a gradient take with parallel.deterministic (H200)."""
 BANDWIDTH = 2e12
 """Bytes a second that an optimizer on a GPU reads and writes."""
 DRIFT_PICTURES = 2
@@ -141,14 +143,17 @@ def expected_phases(config: RunConfig, footprint: Footprint, work: Work, rate: f
     """Seconds of an optimizer step's phases; see `expected_pace`."""
     data, align, model, optim = config.data, config.align, config.model, config.optim
     again = AGAIN[model.recompute]
+    steady = config.parallel.deterministic and kind == "cuda"
     passes = 2 + FORWARD * again + (not config.lora.rank)  # back to the input, and to weights that are trained
     busy, started = passes * data.batch_size * work.forward / (rate * _share(config, kind)), 1 + again + BACKWARD
     aligned = max(busy, started * _starting(config, work, kind))
     aligned += started * _lora(config, footprint, kind) + (2 + again) * _unpacking(config, work, kind)
     aligned += (2 + again) * data.batch_size * work.decode / (rate * DECODER_SHARE.get(kind, 0.2))
+    aligned *= STEADY_BACKWARD if steady else 1.0
     on_photos, on_prompts = sources(data, config.seed, optim.steps * optim.accumulation)
     calls = config.rollout.calls or config.rollout.num_steps
     faster = FP8 if config.rollout.precision == "fp8" and kind == "cuda" else 1.0
+    faster *= STEADY if steady else 1.0
     rolled_out = calls * faster * _forward(config, footprint, work, rate, kind, data.batch_size)
     held = footprint.held(config) + 2 * footprint.held_while_training(config)
     return {
