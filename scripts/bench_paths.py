@@ -2,6 +2,7 @@
 
     PYTHONPATH=. python scripts/bench_paths.py --folder /tmp/paths --out paths.json [--seeds 3] [--at-once 6]
     PYTHONPATH=. python scripts/bench_paths.py --folder /tmp/parts --ways lora --paths "fp8 rollouts" bfloat16
+    PYTHONPATH=. python scripts/bench_paths.py --folder /tmp/mine --paths --path "mine: rollout.calls=4"
 
 Trains the preset `miniature` with each seed by the exact path and by others, all weights and as a LoRA, and compares
 what that changed on the held-out prompts: effect sizes with 95 % intervals over seeds and prompts, and the difference
@@ -86,14 +87,17 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=6, help="runs that share the device")
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--paths", nargs="*", choices=list(PATHS), default=["fast"], help="beside the exact one")
+    parser.add_argument("--path", action="append", default=[], help='a path of your own, "name: key=value key=value"')
     parser.add_argument("--set", nargs="*", default=[], help="settings of all runs, such as optim.steps=8")
     args = parser.parse_args()
+    own = {name: settings.split() for name, settings in (one.split(": ", 1) for one in args.path)}
+    paths = {"exact": [], **{name: PATHS[name] for name in args.paths}, **own}
     args.folder.mkdir(parents=True, exist_ok=True)
     runs: dict[str, dict[str, list[Path]]] = {}
     jobs = []
     for way in args.ways:
         common, narrow = WAYS[way]
-        for path, settings in (("exact", []), *((path, PATHS[path]) for path in args.paths)):
+        for path, settings in paths.items():
             for seed in range(args.seeds):
                 folder = args.folder / f"{way}-{path.replace(' ', '-')}-{seed}"
                 runs.setdefault(way, {}).setdefault(path, []).append(folder)
@@ -111,8 +115,8 @@ def main() -> None:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     for way, table in result["ways"].items():
         for key, row in table.items():
-            sizes = {name: row[name]["effect size d"] for name in ("exact", *args.paths)}
-            more = {name: row[f"{name} minus exact"] for name in args.paths}
+            sizes = {name: row[name]["effect size d"] for name in paths}
+            more = {name: row[f"{name} minus exact"] for name in paths if name != "exact"}
             print(f"{way} {key}: effect sizes {sizes}, more than the exact path's {more}", flush=True)
 
 

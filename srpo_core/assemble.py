@@ -180,7 +180,7 @@ def _sharded(config: RunConfig, components: Components, world: World) -> Trainab
     dtype = getattr(torch, config.model.dtype)
     flow, stream = components.empty_flow() or (components.flow, None)
     _cast(flow.module.requires_grad_(not config.lora.rank), dtype if config.lora.rank else torch.float32)
-    shard(flow, world, config.parallel, dtype)
+    shard(flow, world, config)
     if stream is not None:
         fill_parts(flow.module, stream, torch.device("cpu") if config.parallel.offload else world.device)
     return flow

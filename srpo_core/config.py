@@ -7,6 +7,7 @@ fields are only appended to a section.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -460,6 +461,14 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     output: OutputConfig = Field(default_factory=OutputConfig)
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random number of the run")
+
+    def aligned(self) -> int:
+        """What is aligned of a micro-batch: its branches, for each draw."""
+        return len(self.align.branches) * self.align.draws_per_rollout
+
+    def backward_passes(self) -> int:
+        """Of an optimizer step."""
+        return self.optim.accumulation * math.ceil(self.aligned() / self.align.at_once)
 
 
 def flat(data: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:

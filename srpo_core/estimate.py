@@ -283,14 +283,9 @@ def _units(config: RunConfig, shapes: Shapes, size: Size) -> int:
     return config.data.batch_size * shapes.tokens(*size) * shapes.width // config.parallel.context
 
 
-def _branches(config: RunConfig) -> int:
-    """Branches of a micro-batch, for each draw."""
-    return len(config.align.branches) * config.align.draws_per_rollout
-
-
 def _together(config: RunConfig) -> int:
-    """Those of them in one pass."""
-    return min(config.align.at_once, _branches(config))
+    """Branches of a micro-batch in one pass, with all draws."""
+    return min(config.align.at_once, config.aligned())
 
 
 def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Size, gradients: int) -> int:
@@ -309,14 +304,9 @@ def _backward(config: RunConfig, footprint: Footprint, shapes: Shapes, size: Siz
         kept = round(wide * _kept(config, shapes) * units) + _narrow_copies(config, footprint)
         if model.frozen_memory != "full":
             kept += round(number * EXPANDED * shapes.matrices)
-    later = gradients if _passes(config) > 1 else 0
+    later = gradients if config.backward_passes() > 1 else 0
     decoding = max(_narrow_copies(config, footprint), _decoding(config, shapes, size, True))
     return max(later + kept + decoding, _block_backward(config, shapes, kept, block, gradients))
-
-
-def _passes(config: RunConfig) -> int:
-    """Backward passes of an optimizer step."""
-    return config.optim.accumulation * math.ceil(_branches(config) / config.align.at_once)
 
 
 def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int, held: int) -> int:
@@ -332,7 +322,7 @@ def _block_backward(config: RunConfig, shapes: Shapes, kept: int, block: int, he
     if is_sharded(config.parallel):
         fetched = 0 if config.parallel.gathered == "step" else 2 * number
         gradients, sent = (0, 0) if config.lora.rank else (number, _bytes(config.parallel.gradients))
-    once, left, most = _passes(config) == 1, total, held + block
+    once, left, most = config.backward_passes() == 1, total, held + block
     for place, size in reversed(list(enumerate(shapes.blocks, 1))):  # the last block's comes first
         there = round(held * (1 - left / total)) if once else held
         remaining = kept * place // count if is_sharded(config.parallel) or once else kept

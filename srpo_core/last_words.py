@@ -83,7 +83,8 @@ class _Neighbour:
             if not self._process and self._store.check([key := f"{PROCESS}/{self._other}"]):
                 self._process = int(self._store.get(key))
             if self._process and not _is_there(self._process) and not _left(self._store, self._other):
-                self._store.set(KEY, f"rank {self._other} of {self._size} was killed without a word")
+                which = f"rank {self._other} of {self._size}"
+                _tell_first(self._store, f"{which} was killed without a word (kill -9, or out of the host's memory)")
 
 
 def _is_there(process: int) -> bool:
@@ -94,6 +95,11 @@ def _is_there(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _tell_first(store: dist.Store, words: str) -> None:
+    """Leave words about another process, where nobody has left any."""
+    store.compare_set(KEY, "", words)
 
 
 def _left(store: dist.Store, rank: int) -> bool:
@@ -125,7 +131,7 @@ class _Pulse:
                 if _left(self._store, other):
                     return
                 words = f"has given no sign of life for {SILENCE / 60:.0f} minutes: killed, or its machine is gone"
-                self._store.set(KEY, f"rank {other} of {self._size} {words}")
+                _tell_first(self._store, f"rank {other} of {self._size} {words}")
 
 
 @contextlib.contextmanager
@@ -138,7 +144,7 @@ def watched(rank: int = 0, size: int = 1) -> Iterator[None]:
     done = threading.Event()
     _heard.clear()
     store, watches = _second_store(), []
-    local, count = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if count > 1:
         watches.append(_Neighbour(store, rank, size, local, count))
     if count < size:
@@ -158,9 +164,14 @@ def watched(rank: int = 0, size: int = 1) -> Iterator[None]:
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
+    ended = True
     try:
         yield
+    except BaseException as error:
+        ended = isinstance(error, Exception)  # others hear of no other kind
+        raise
     finally:
         done.set()
-        with contextlib.suppress(Exception):
-            store.set(f"{LEFT}/{rank}", "")
+        if ended:
+            with contextlib.suppress(Exception):
+                store.set(f"{LEFT}/{rank}", "")

@@ -156,7 +156,7 @@ class Learner:
 
         They find memory of earlier steps there, or take it from what is free; activations can't have it either way.
         """
-        if self._has_gradients or not self.is_sharded or shares_memory(self.config.parallel):
+        if self._has_gradients or not self.is_sharded or shares_memory(self.config):
             return 0
         parts = [self.parts[name] for name, parameter in self.trained.items() if is_part(parameter)]
         return sum(part.nbytes for part in parts if part.device == self.world.device)

@@ -117,7 +117,7 @@ class World:
             raise
         except Exception as error:
             if self.size > 1 and not _is_known(error):
-                if is_lost(error):
+                if is_lost(error) or told_last() is not None:  # what was broken off may look like any error
                     raise _lost(error) from error
                 with contextlib.suppress(OthersError):  # one that is gone needs no telling
                     self._round({"ended": _words(error)})

@@ -133,7 +133,7 @@ class Replay:
         """Set once a step is done."""
         self._recorder, self._memory, self._report = recorder, memory, report
         self._calls: dict[object, _Call] = {}
-        self._fits: dict[object, bool] = {}
+        self._takes: dict[object, int] = {}
         self._last: Addresses | None = None
         self._stopped = False
 
@@ -156,10 +156,9 @@ class Replay:
 
     def make(self, key: object, work: Callable[[], Tensor], measured: bool) -> Tensor:
         """A call, and what it takes if that is to be `measured`."""
-        if not measured or key in self._fits:
+        if not measured or key in self._takes:
             return work()
-        made, taken = self._memory.spent(work)
-        self._fits[key] = taken <= self._spare()
+        made, self._takes[key] = self._memory.spent(work)
         return made
 
     def _spare(self) -> int:
@@ -167,8 +166,8 @@ class Replay:
         return self._memory.room() + self._memory.allocated() - self._memory.peak() - self.taken
 
     def fits(self, key: object) -> bool:
-        """Whether there is room to record a call, as far as that is known."""
-        return self._fits.get(key, False)
+        """Whether there is room to record a call, as far as is known: that of an earlier recording is there."""
+        return key in self._calls or (key in self._takes and self._takes[key] <= self._spare())
 
     def stayed(self, addresses: Addresses) -> bool:
         """Whether the weights of a rollout are where those of the one before were; to be asked once in each."""
@@ -236,10 +235,9 @@ class _Replayed:
         key = (tuple((one.shape, one.dtype) for one in given), tuple(prompts.embeds), guidance)
         call, made = self._replay.find(key, self._addresses), key in self._made
         # by the time that one was made weights are gathered, and code is compiled
-        if call is None and made and self._replay.fits(key):
-            where = self._addresses()
-            if where is not None and self._stayed:
-                call = self._replay.record(self._flow, key, where, latents, sigma, prompts, guidance)
+        where = self._addresses() if call is None and made else None
+        if where is not None and self._stayed and self._replay.fits(key):
+            call = self._replay.record(self._flow, key, where, latents, sigma, prompts, guidance)
         if call is not None:
             return call.play(given)
         self._made.add(key)

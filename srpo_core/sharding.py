@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from srpo_core.config import ParallelConfig
+from srpo_core.config import ParallelConfig, RunConfig
 from srpo_core.interfaces import TrainableFlow
 from srpo_core.parallel import World
 
@@ -33,15 +33,16 @@ def shards(parallel: ParallelConfig) -> int:
     return parallel.processes * (parallel.nodes if parallel.strategy == "shard" else 1)
 
 
-def shard(flow: TrainableFlow, world: World, parallel: ParallelConfig, dtype: torch.dtype) -> None:
+def shard(flow: TrainableFlow, world: World, config: RunConfig) -> None:
     """Leave this process its part of each parameter of the flow's module; what it held of the others is freed.
 
-    Blocks and what is outside of them are gathered one at a time, in `dtype`; gradients are averaged over processes in
-    parallel.gradients, and added up in float32. Parameters may be on meta: `fill_parts` gives them values.
+    Blocks and what is outside of them are gathered one at a time, in model.dtype; gradients are averaged over processes
+    in parallel.gradients, and added up in float32. Parameters may be on meta: `fill_parts` gives them values.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing changes it in place
+    parallel, dtype = config.parallel, getattr(torch, config.model.dtype)
     narrow = None if dtype == torch.float32 else dtype
     options = {
         "mesh": _mesh(world, parallel.strategy),
@@ -53,21 +54,23 @@ def shard(flow: TrainableFlow, world: World, parallel: ParallelConfig, dtype: to
         fully_shard(module, **options)
     if not isinstance(flow.module, flow.block_types):
         fully_shard(flow.module, **options)
-    if shares_memory(parallel):
+    if shares_memory(config):
         for one in _gathering(flow.module):
             one.set_custom_reduce_scatter(_Reduce(world.device))
 
 
-def shares_memory(parallel: ParallelConfig) -> bool:
-    """Whether gradients of parts can have the memory that activations leave.
+def shares_memory(config: RunConfig) -> bool:
+    """Whether gradients of parts have the memory that activations leave.
 
     FSDP makes them on a stream of its own, whose memory is its own too. They are what `_Reduce` has made where nothing
-    else is done to them: no sum over machines on a third stream, no cast.
+    else is done to them: no sum over machines on a third stream, no cast, no move to the host. And only in a step's
+    only pass: what is added to gradients of an earlier one is given back at once, which another stream's memory isn't.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    plain = parallel.strategy == "shard" and parallel.gradients == "float32"
-    return plain and hasattr(FSDPModule, "set_custom_reduce_scatter")
+    parallel = config.parallel
+    plain = parallel.strategy == "shard" and parallel.gradients == "float32" and not parallel.offload
+    return plain and config.backward_passes() == 1 and hasattr(FSDPModule, "set_custom_reduce_scatter")
 
 
 class _Reduce:

@@ -15,10 +15,11 @@ import conftest  # one thread, and the first import of srpo_core
 import torch
 from parallel_laws import full, raised, trainer_of
 from safetensors.torch import save_file
-from tiny import tiny_config
+from tiny import tiny_config, tiny_flow
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from srpo_core import assemble, checkpoint
+from srpo_core import assemble, checkpoint, sharding
 from srpo_core.assemble import _sharded
 from srpo_core.attention import Attention
 from srpo_core.checkpoint import checkpoint_folder, load_weights, read_tensors
@@ -32,7 +33,7 @@ from srpo_core.learner import Learner
 from srpo_core.metrics import Clock
 from srpo_core.models import load_model
 from srpo_core.parallel import OthersError, World, ends_all
-from srpo_core.sharding import is_part, part_of
+from srpo_core.sharding import is_part, part_of, shares_memory
 from srpo_core.speed import TOKENS_SHARED
 from srpo_core.stopping import StopRequested
 from srpo_core.tally import Tally
@@ -264,22 +265,34 @@ def keeps_the_same_blocks(folder: Path, world: World) -> None:
         assert world.exchange(keeping.decoder_kept) == [True, fullest > 0]
 
 
-def leaves_room_for_gradients(folder: Path, strategy: str, gradients: str = "float32", apart: bool = True) -> None:
+def learns_in_one_pass(folder: Path) -> None:
+    """Gradients are summed up in memory of ours then: FSDP asks for it, twice for each block."""
+    asked = []
+    allocate = sharding._Reduce.allocate
+    with mock.patch.object(sharding._Reduce, "allocate", lambda *args, **of: asked.append(1) or allocate(*args, **of)):
+        learns(folder, "shard", align__at_once=4)
+    blocks = len(tiny_flow().module.transformer_blocks) + len(tiny_flow().module.single_transformer_blocks)
+    assert len(asked) == (2 * 2 * (blocks + 1) if hasattr(FSDPModule, "set_custom_reduce_scatter") else 0)  # two steps
+
+
+def leaves_room_for_gradients(folder: Path, strategy: str, gradients: str = "float32", at_once: int = 1) -> None:
     """What a step's gradients will take, of this process's parts, is kept free until they are there.
 
-    Unless they come to be where activations have been.
+    Unless they come to be where activations have been, in the only pass of a step.
     """
     asked = []
-    parallel = {"gradients": gradients}
+    settings = {"parallel": {"gradients": gradients}, "align__at_once": at_once, "model__recompute": "auto"}
     with mock.patch("srpo_core.learner.memory_of", return_value=Unlike(10**12)):
-        learner = sharded(folder, strategy, parallel=parallel, model__recompute="auto").learner
+        learner = sharded(folder, strategy, **settings).learner
     keeping, told = learner._keeping, learner._gradients_to_come
     keeping._aside = lambda: asked.append(told()) or asked[-1]
     for step in (1, 2):
         learner.step(step, Clock(lambda: None))
     held = sum(part_of(parameter).nbytes for parameter in learner.trained.values())
-    # four passes a step, of which the very first decides nothing
-    assert asked == [0, 0, 0, held if apart else 0, 0, 0, 0]
+    if at_once == 1:
+        assert asked == [0, 0, 0, held, 0, 0, 0]  # four passes a step, of which the very first decides nothing
+    else:
+        assert asked == [0 if shares_memory(learner.config) else held]
 
 
 def keeps_blocks_gathered(folder: Path) -> None:
@@ -410,8 +423,10 @@ def laws(folder: Path, world: World) -> dict[str, Callable[[], object]]:
         "narrow gradients": lambda: hands_over_narrowly(folder / "narrow gradients", "shard"),
         "called": lambda: is_called_before(folder / "called"),
         "gathered": lambda: keeps_blocks_gathered(folder),
-        "room": lambda: leaves_room_for_gradients(folder / "room", "shard", apart=False),
-        "room for narrow ones": lambda: leaves_room_for_gradients(folder / "narrow room", "shard", "bfloat16"),
+        "room": lambda: leaves_room_for_gradients(folder / "room", "shard"),
+        "room in one pass": lambda: leaves_room_for_gradients(folder / "one room", "shard", at_once=4),
+        "room for narrow ones": lambda: leaves_room_for_gradients(folder / "narrow room", "shard", "bfloat16", 4),
+        "one pass": lambda: learns_in_one_pass(folder / "one pass"),
         "loading": lambda: tells_who_fails_to_load(folder / "loading", world, "shard"),
         "not finite": lambda: drops_what_is_not_finite(folder),
         "stops": lambda: stops_together(folder),

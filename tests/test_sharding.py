@@ -142,7 +142,7 @@ def test_one_of_the_same_machine_that_is_killed_is_gone_at_once(monkeypatch, lea
                 shared.set(f"{last_words.LEFT}/3", "")
             other.kill()
             other.wait()
-            deadline = time.monotonic() + (0.3 if leaves else LIMIT)
+            deadline = time.monotonic() + (1 if leaves else LIMIT)
             while dist.is_initialized() and time.monotonic() < deadline:
                 time.sleep(0.01)
             if leaves:

@@ -55,7 +55,7 @@ def raw_look(images: Tensor) -> dict[str, Tensor]:
 
 
 def _median(values: Tensor) -> Tensor:
-    """[B, ...] -> [B]; of an even count the lower one. `Tensor.median` has no order on GPUs (parallel.deterministic)."""
+    """[B, ...] -> [B]; of an even count the lower one. As `Tensor.median`, which on GPUs isn't deterministic."""
     ordered = values.flatten(1).sort(1).values
     return ordered[:, (ordered.shape[1] - 1) // 2]
 
