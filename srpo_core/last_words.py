@@ -57,6 +57,11 @@ def told_last(store: dist.Store | None = None) -> str | None:
     return None
 
 
+def waits_no_more() -> bool:
+    """Whether this process has broken off its waiting for another one."""
+    return bool(_heard)
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether the error is one of a connection to another process."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
@@ -103,7 +108,7 @@ def _tell_first(store: dist.Store, words: str) -> None:
 
 
 def _left(store: dist.Store, rank: int) -> bool:
-    """Whether a process has left by itself, in whatever way."""
+    """Whether a process has left by itself, so that others hear of it."""
     return store.check([f"{LEFT}/{rank}"])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from srpo_core.config import ConfigError
 from srpo_core.errors import TrainingError
-from srpo_core.last_words import is_lost, leave_together, tell_last, told_last, watched
+from srpo_core.last_words import is_lost, leave_together, tell_last, told_last, waits_no_more, watched
 from srpo_core.stopping import StopRequested
 
 Item = TypeVar("Item")
@@ -117,7 +117,7 @@ class World:
             raise
         except Exception as error:
             if self.size > 1 and not _is_known(error):
-                if is_lost(error) or told_last() is not None:  # what was broken off may look like any error
+                if is_lost(error) or waits_no_more():  # what was broken off may look like any error
                     raise _lost(error) from error
                 with contextlib.suppress(OthersError):  # one that is gone needs no telling
                     self._round({"ended": _words(error)})

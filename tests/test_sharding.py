@@ -31,6 +31,7 @@ from srpo_core.checks import Footprint, check_sharing
 from srpo_core.compact_adamw import CODES
 from srpo_core.config import ConfigError, ParallelConfig
 from srpo_core.devices import as_launched, training_world
+from srpo_core.errors import NotFiniteError
 from srpo_core.export import export_run
 from srpo_core.metrics import read_metrics
 from srpo_core.models import load_model
@@ -132,6 +133,10 @@ def test_one_of_the_same_machine_that_is_killed_is_gone_at_once(monkeypatch, lea
     world = World(2, 4, torch.device("cpu"), keeps_step=True)  # the second machine's first
     shared = dist.distributed_c10d._get_default_store()
     other = ends_in(LIMIT)
+
+    def unlucky() -> None:
+        raise NotFiniteError("the gradient is not finite")  # as what was broken off may be
+
     try:
         with last_words.watched(2, 4):
             assert int(shared.get(f"{last_words.PROCESS}/2")) == os.getpid()
@@ -148,8 +153,9 @@ def test_one_of_the_same_machine_that_is_killed_is_gone_at_once(monkeypatch, lea
             if leaves:
                 assert dist.is_initialized()
             else:
-                with pytest.raises(OthersError, match="rank 3 of 4 was killed without a word"):
-                    world.exchange(None)
+                for call in (lambda: world.exchange(None), unlucky):
+                    with pytest.raises(OthersError, match="rank 3 of 4 was killed without a word"), world.together():
+                        call()
         assert shared.check([f"{last_words.LEFT}/2"])
     finally:
         other.kill()
