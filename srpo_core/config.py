@@ -193,8 +193,8 @@ class RolloutConfig(Section):
     cuda_graph: bool = Field(
         True,
         description="record a model call as a CUDA graph and play it in the place of the others, with the same numbers:"
-        " a busy host no longer keeps the GPU waiting. On NVIDIA GPUs, where weights are in the same place in each step,"
-        " a step leaves the memory for it (0.3 to 0.4 GiB at 720 x 720), and calls send nothing to other processes",
+        " a busy host no longer keeps the GPU waiting. On NVIDIA GPUs, where weights are in the same place in each"
+        " step, where one leaves memory for it (0.3 to 0.4 GiB at 720 x 720) and calls send nothing to other processes",
     )
 
     @model_validator(mode="after")
