@@ -17,6 +17,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from srpo_core.processes import birth, is_running
+
 KEY, DONE = "srpo/ended", "srpo/done"
 LOOK_EVERY = 1.0
 GRACE = 5.0
@@ -78,28 +80,19 @@ class _Neighbour:
 
     def __init__(self, store: dist.Store, rank: int, size: int, local: int, count: int) -> None:
         self._store, self._size = store, size
-        self._other, self._process = rank - local + (local + 1) % count, 0
+        self._other, self._process = rank - local + (local + 1) % count, ""
         with contextlib.suppress(Exception):
-            store.set(f"{PROCESS}/{rank}", str(os.getpid()))
+            store.set(f"{PROCESS}/{rank}", f"{os.getpid()} {birth()}")
 
     def look(self) -> None:
         """Leave words for all if it is gone and hasn't left by itself."""
         with contextlib.suppress(Exception):  # the store may be gone
             if not self._process and self._store.check([key := f"{PROCESS}/{self._other}"]):
-                self._process = int(self._store.get(key))
-            if self._process and not _is_there(self._process) and not _left(self._store, self._other):
+                self._process = self._store.get(key).decode()
+            pid, _, born = self._process.partition(" ")
+            if pid and not is_running(int(pid), born) and not _left(self._store, self._other):
                 which = f"rank {self._other} of {self._size}"
                 _tell_first(self._store, f"{which} was killed without a word (kill -9, or out of the host's memory)")
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _tell_first(store: dist.Store, words: str) -> None:

@@ -31,25 +31,24 @@ def graphs(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("module", [eight_bit, four_bit], ids=["8 bits", "4 bits"])
-def test_matrices_of_many_shapes_are_expanded_by_one_kernel(graphs, module):
-    kind = {eight_bit: eight_bit.Rows, four_bit: four_bit.Blocks}[module]
-    expand = {eight_bit: "expanded_rows", four_bit: "expanded_blocks"}[module]
-    function = getattr(module, expand).__wrapped__
-    setattr(module, expand, again := fusing.fused(function))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*can't be compiled")
-            for seed, shape in enumerate(SHAPES):
-                weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-                codes, expander = kind.of(weight, torch.float32)
-                held = nn.Parameter(codes, requires_grad=False)
-                ours = expander(held)
-                setattr(module, expand, function)
-                assert torch.equal(ours, expander(held))
-                setattr(module, expand, again)
-    finally:
-        setattr(module, expand, fusing.fused(function))
+@pytest.mark.parametrize(
+    ("module", "name", "kind"),
+    [(eight_bit, "expanded_rows", eight_bit.Rows), (four_bit, "expanded_blocks", four_bit.Blocks)],
+    ids=["8 bits", "4 bits"],
+)
+def test_matrices_of_many_shapes_are_expanded_by_one_kernel(graphs, monkeypatch, module, name, kind):
+    plain = getattr(module, name).__wrapped__
+    compiled = fusing.fused(plain)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*can't be compiled")
+        for seed, shape in enumerate(SHAPES):
+            weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+            codes, expander = kind.of(weight, torch.float32)
+            held, expanded = nn.Parameter(codes, requires_grad=False), []
+            for function in (plain, compiled):
+                monkeypatch.setattr(module, name, function)
+                expanded.append(expander(held))
+            assert torch.equal(*expanded)
     assert 1 <= len(graphs) <= 4
 
 

@@ -38,6 +38,7 @@ from srpo_core.models import load_model
 from srpo_core.models.flux import FluxFlow
 from srpo_core.models.flux_context import nearest_size
 from srpo_core.parallel import OthersError, World
+from srpo_core.processes import birth
 from srpo_core.run_state import read_state
 from srpo_core.sharded_checkpoint import open_saved
 from srpo_core.weights.tensors import WeightsError
@@ -117,10 +118,6 @@ def test_one_of_another_machine_that_is_silent_counts_as_gone(monkeypatch):
     monkeypatch.setattr(last_words, "_heard", [])
 
 
-def ends_in(seconds: float) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"])
-
-
 @pytest.mark.parametrize("leaves", [False, True], ids=["killed", "left by itself"])
 def test_one_of_the_same_machine_that_is_killed_is_gone_at_once(monkeypatch, leaves):
     """The system knows: no torchrun has to end the others, which takes it half a minute where they wait in NCCL."""
@@ -132,15 +129,15 @@ def test_one_of_the_same_machine_that_is_killed_is_gone_at_once(monkeypatch, lea
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = World(2, 4, torch.device("cpu"), keeps_step=True)  # the second machine's first
     shared = dist.distributed_c10d._get_default_store()
-    other = ends_in(LIMIT)
+    other = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LIMIT})"])
 
     def unlucky() -> None:
         raise NotFiniteError("the gradient is not finite")  # as what was broken off may be
 
     try:
         with last_words.watched(2, 4):
-            assert int(shared.get(f"{last_words.PROCESS}/2")) == os.getpid()
-            shared.set(f"{last_words.PROCESS}/3", str(other.pid))
+            assert shared.get(f"{last_words.PROCESS}/2").decode() == f"{os.getpid()} {birth()}"
+            shared.set(f"{last_words.PROCESS}/3", f"{other.pid} {birth(other.pid)}")
             time.sleep(0.3)
             assert dist.is_initialized() and last_words.told_last() is None
             if leaves:
